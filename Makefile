@@ -1,0 +1,104 @@
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+PORT ?= 8000
+PROFILE ?= demo-cpu
+PAGE_PORT ?= 7860
+MINUTES ?= 20
+EXAMPLES ?= 20000
+HOST ?= http://127.0.0.1:8000
+RATE ?= 1
+DURATION ?= 60
+PROCESSES ?= 1
+ROUNDS ?= 5
+BIN := .venv/bin
+CLUSTER := RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1 RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY=1 RAY_SERVE_HAPROXY_RETRY_ON="conn-failure empty-response" RAY_USAGE_STATS_ENABLED=0
+APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium redis-server fonts-dejavu-core
+HINT := "make setup: .venv is not complete, the next make starts it again. If torch was not found, let pip see PyTorch's index of CPU wheels too."
+MAKEFLAGS += --no-print-directory
+
+.DEFAULT_GOAL := help
+.PHONY: help setup system serve chat cluster-demo test test-pure check fix bench-overhead overload soak calibrate load compare crosscheck fuzz lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
+
+# .venv/cpu.txt, a copy of the lock, is written last: where it differs, the set-up is outdated or was interrupted and is done again.
+setup: ## build .venv from requirements/cpu.txt, or do nothing when it is up to date
+	@flock --nonblock Makefile true || echo "make setup: waiting for another one in this directory"
+	@cmp -s requirements/cpu.txt .venv/cpu.txt || rm -f .venv/cpu.txt
+	@flock Makefile $(MAKE) -s .venv/.installed
+
+.venv/cpu.txt:
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; v.startswith("3.11.") or sys.exit("make setup: the lock is for Python 3.11, got " + v + ". Name a Python 3.11: make setup PYTHON=/path/to/python3.11")'
+	@$(PYTHON) -m venv --clear .venv && $(BIN)/python -m pip install --quiet pip==25.3
+	@$(BIN)/python -m pip install --no-deps -r requirements/cpu.txt && cp requirements/cpu.txt $@ || { echo $(HINT) >&2; exit 1; }
+
+.venv/.installed: .venv/cpu.txt pyproject.toml
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e . && touch $@
+
+serve: setup ## serve a profile: make serve [PORT=8000] [PROFILE=demo-cpu]
+	@if [ $(PROFILE) = demo-cpu ]; then $(BIN)/borg-serve demo-model; fi
+	@$(BIN)/borg-serve serve --config configs/$(PROFILE).yaml --set server.port=$(PORT)
+
+chat: setup ## the chat page, and a server behind it if none answers: make chat [PORT=8000] [PAGE_PORT=7860]
+	@$(BIN)/borg-serve demo-model; server=; if ! $(BIN)/python -c 'import httpx; httpx.get("http://127.0.0.1:$(PORT)/health", timeout=2)' 2>/dev/null; then \
+	$(BIN)/borg-serve serve --config configs/$(PROFILE).yaml --set server.port=$(PORT) & server=$$!; fi; \
+	$(BIN)/borg-serve ui --api http://127.0.0.1:$(PORT) --port $(PAGE_PORT) & page=$$!; \
+	trap 'kill $$page $$server 2>/dev/null; wait' INT TERM EXIT; wait $$page
+
+cluster-demo: setup ## two replicas of the demo on a Ray cluster of this machine: make cluster-demo [PORT=8000]
+	@$(BIN)/borg-serve demo-model && mkdir -p build && sed 's/port: 8000/port: $(PORT)/' deploy/demo-cpu.yaml > build/demo-cpu.yaml
+	@$(CLUSTER) $(BIN)/serve run build/demo-cpu.yaml
+
+# Debian's packages for tests: a browser, and the Redis that keeps a cluster's state. Without root or apt those tests are skipped, and say so.
+system: ## install chromium and redis-server where they are missing and we may
+	@command -v chromium >/dev/null && command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	{ $(APT) || { apt-get update -qq && $(APT); }; }; } || echo "make system: chromium or redis-server is missing; the tests that need them are skipped." >&2
+
+test: setup system ## run every test that a CPU can run
+	$(BIN)/python -m pytest
+
+test-pure: setup ## run the tests that start no engine, cluster or browser (under 30 s)
+	$(BIN)/python -m pytest -m "not engine and not cluster and not gpu and not browser"
+
+check: setup ## format, lint and types; changes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: setup ## format, and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-overhead: setup ## compare this server with vLLM's stock server, into docs/results/overhead.md and .json
+	$(BIN)/python -m loadtests.overhead
+
+overload: setup ## ten times more load than fits for a minute, into docs/results/overload.md and .json
+	$(BIN)/python -m loadtests.overload
+
+soak: setup ## mixed load with aborts: make soak [MINUTES=20], into docs/results/soak.md and .json
+	$(BIN)/python -m loadtests.soak --minutes $(MINUTES)
+
+calibrate: setup ## the load generator's own error, into build/calibration.json and docs/results/calibration.md and .json
+	$(BIN)/python -m loadtests.calibrate
+
+load: LOCUST = --rate $(RATE) --duration $(DURATION) $(if $(filter-out 1,$(PROCESSES)),--processes $(PROCESSES)) $(ARGS)
+load: setup ## judge a running server: make load PROFILE=steady [HOST= RATE=1 DURATION=60 SLO= PROCESSES=1 WEB=1 ARGS=]; report in build/load
+	@$(BIN)/python -m loadtests.load $(patsubst demo-cpu,steady,$(PROFILE)) --host $(HOST) $(if $(SLO),--slo $(SLO)) $(if $(WEB),--web) $(LOCUST)
+
+compare: setup ## our server, vLLM's, Ray Serve LLM and the original app in turn: make compare [ROUNDS=5], into docs/results/compare-cpu.md
+	$(BIN)/python -m loadtests.compare --rounds $(ROUNDS)
+
+crosscheck: setup ## others' benchmarks beside ours on a running server: make crosscheck [HOST= ARGS=], into build/crosscheck
+	$(BIN)/python -m loadtests.crosscheck --host $(HOST) $(ARGS)
+
+fuzz: setup ## hostile requests on every route of a real server: make fuzz [EXAMPLES=20000]
+	EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/engine/test_hypothesis.py
+
+lock: ## make requirements/cpu.txt anew from requirements/cpu.in and requirements/cpu-exclude.txt
+	$(PYTHON) -m venv --clear .venv-lock && .venv-lock/bin/python -m pip install pip==25.3
+	.venv-lock/bin/python -m pip install -r requirements/cpu.in -c requirements/cpu.txt && .venv-lock/bin/python -m pip uninstall -qy -r requirements/cpu-exclude.txt
+	.venv-lock/bin/python -m pip freeze --all --exclude pip > .venv-lock/cpu.txt && mv .venv-lock/cpu.txt requirements/cpu.txt && rm -r .venv-lock
+
+clean: ## remove everything that make made, .venv included
+	rm -rf .venv .venv-lock build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find borg_serve loadtests tests -name __pycache__ -prune -exec rm -rf {} +
