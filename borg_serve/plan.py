@@ -1,0 +1,302 @@
+"""How many GPUs some users need: an estimate from the merged 7B checkpoint's sizes and the speeds measured on one H100.
+
+Arithmetic only. It does not know a machine, nor what users really send.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from borg_serve.capacity import MemoryPlan, kv_bytes_a_token
+from borg_serve.errors import ConfigError, Problem
+
+__all__ = ["GPUS", "Gpu", "Plan", "Speed", "Workload", "document", "notes", "plan", "speed", "text"]
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its maker's figures."""
+
+    name: str
+    memory_bytes: int
+    bytes_s: float
+    """Memory bandwidth."""
+    flop_s: float
+    """Dense arithmetic in 16 bits."""
+
+
+GPUS: Mapping[str, Gpu] = {
+    "h100": Gpu("H100 80GB SXM", 80 * GIB, 3.35e12, 990e12),
+    "h200": Gpu("H200 141GB SXM", 140 * GIB, 4.80e12, 990e12),
+    "a100-80gb": Gpu("A100 80GB SXM", 80 * GIB, 2.04e12, 312e12),
+    "l40s": Gpu("L40S 48GB", 45 * GIB, 0.864e12, 362e12),
+}
+
+# The merged 7B checkpoint, in 16 bits.
+WEIGHTS_BYTES = 15_231_233_024
+READ_BYTES = 14.14e9
+"""Weights that a step reads: all but the input embedding."""
+PREFILL_FLOP = 13.45e9
+"""A prompt token."""
+LAYERS, KV_HEADS, HEAD_DIM = 28, 4, 128
+IDENTITY_TOKENS = 2132
+BLOCK_TOKENS = 16
+ATTENTION_HEADS = 28
+
+# Measured on one H100, vLLM 0.29.0.
+BANDWIDTH_SHARE = 3.0 / 3.35
+"""Of the maker's bandwidth, what reading weights reaches."""
+PREFILL_SHARE = 0.6
+"""Of the maker's arithmetic, what prefill is counted on to reach."""
+SHARED_READ = 2.3
+"""A prefix that all sequences share is read this many times faster than the maker's bandwidth: the chip's caches serve
+a part of it. 139.5 us a layer for 256 sequences and 2,048 tokens."""
+STEP_S = 1.5e-3
+"""Of every step, what is neither reading nor arithmetic. This and the next are chosen to give the 6,908 and 13,838
+tokens/s that were served at 64 and 256 users (docs/results/h100-served.md)."""
+SEQUENCE_S = 7.4e-6
+"""Of every step, the same for each sequence in it."""
+API_TOKENS_S = 9_000
+"""Output tokens/s that one API process renders and streams (8,740 to 9,030 at 256 users)."""
+OVERHEAD_BYTES = 4 * GIB
+"""Activations, CUDA graphs and the context."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one request is taken to be; the defaults are those of the measurements."""
+
+    new_tokens: int = 120
+    """Prompt tokens of the request that no cache holds."""
+    output_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Output tokens/s of one replica with `users` at once, and where a step's milliseconds go."""
+
+    tokens_s: float
+    weights_ms: float
+    identity_ms: float
+    own_ms: float
+    rest_ms: float
+    prefill_ms: float
+    """Of a step, for the new requests that come with it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An estimate. Memory is of one GPU, speeds are of one replica where not said otherwise."""
+
+    gpu: str
+    users: int
+    context_tokens: int
+    tensor_parallel_size: int
+    replicas: int
+    users_a_replica: int
+    """The most at once, by memory and by engine.max_num_seqs."""
+    users_by_memory: int
+    weights_bytes: int
+    kv_bytes: int
+    kv_tokens: int
+    api_processes: int
+    tokens_s: float
+    """All replicas together with these users, as far as their API processes carry it."""
+    tokens_s_a_user: float
+    engine_tokens_s: float
+    """One replica's engine alone."""
+    tokens_s_unshared: float
+    """All replicas together, if every request brought an identity of its own."""
+    speed: Speed
+
+
+def plan(
+    gpu: str,
+    users: int,
+    context_tokens: int,
+    engine: Mapping[str, Any],
+    processes: int = 1,
+    workload: Workload | None = None,
+) -> Plan:
+    """Size a service for `users` requests at once with `context_tokens` each, identity included.
+
+    `engine`: the profile's section. `processes`: API processes where one replica is enough; on a cluster each has one.
+    Raises ConfigError for numbers that cannot be planned for.
+    """
+    device = _device(gpu)
+    load = workload or Workload()
+    _check(users, context_tokens, int(engine.get("max_model_len") or 32768))
+    tp, memory = _fit(device, context_tokens, engine)
+    by_memory = memory.users(context_tokens)
+    most = min(by_memory, int(engine.get("max_num_seqs") or 256))
+    replicas = math.ceil(users / most)
+    api_processes = processes if replicas == 1 else 1
+    batch = math.ceil(users / replicas)
+    reached = speed(device, batch, context_tokens, engine, tp, load)
+    unshared = speed(device, batch, context_tokens, engine, tp, load, shared=False)
+    carried = API_TOKENS_S * api_processes
+    total = min(reached.tokens_s, carried) * users / batch
+    return Plan(
+        gpu=device.name,
+        users=users,
+        context_tokens=context_tokens,
+        tensor_parallel_size=tp,
+        replicas=replicas,
+        users_a_replica=most,
+        users_by_memory=by_memory,
+        weights_bytes=memory.weights_bytes,
+        kv_bytes=memory.kv_bytes,
+        kv_tokens=memory.kv_tokens,
+        api_processes=api_processes,
+        tokens_s=total,
+        tokens_s_a_user=total / users,
+        engine_tokens_s=reached.tokens_s,
+        tokens_s_unshared=min(unshared.tokens_s, carried) * users / batch,
+        speed=reached,
+    )
+
+
+def speed(
+    gpu: Gpu,
+    users: int,
+    context_tokens: float,
+    engine: Mapping[str, Any],
+    tp: int = 1,
+    workload: Workload | None = None,
+    *,
+    shared: bool = True,
+    identity_tokens: int = IDENTITY_TOKENS,
+) -> Speed:
+    """Output tokens/s of one replica's engine while `users` keep one request each in it.
+
+    A step reads the weights once, and the identity and each user's own tokens from the KV cache; a request's prefill is
+    spread over the steps that write its answer. `shared`: the identity is cached once for all; else every request
+    computes and reads its own. What the GPUs of one replica say to each other is not counted: it has not been measured.
+    """
+    load = workload or Workload()
+    bytes_s = gpu.bytes_s * BANDWIDTH_SHARE * tp
+    kv_bytes = _kv_bytes_a_token(engine, 1)
+    weights_s = READ_BYTES * _weights_share(engine) / bytes_s
+    identity_s = users * identity_tokens * kv_bytes / (gpu.bytes_s * tp * SHARED_READ if shared else bytes_s)
+    own_s = users * max(0.0, context_tokens - identity_tokens) * kv_bytes / bytes_s
+    rest_s = STEP_S + users * SEQUENCE_S
+    computed = load.new_tokens + (0 if shared else identity_tokens)
+    prefill_s = users * computed * PREFILL_FLOP / (gpu.flop_s * PREFILL_SHARE * tp) / load.output_tokens
+    step_s = weights_s + identity_s + own_s + rest_s + prefill_s
+    milliseconds = [1000 * part for part in (weights_s, identity_s, own_s, rest_s, prefill_s)]
+    return Speed(users / step_s, *milliseconds)
+
+
+def _device(gpu: str) -> Gpu:
+    if gpu not in GPUS:
+        raise ConfigError([Problem("--gpu", "is not a GPU that is known here", gpu, f"Name one of {', '.join(GPUS)}.")])
+    return GPUS[gpu]
+
+
+def _check(users: int, context_tokens: int, longest: int) -> None:
+    problems = []
+    if users < 1:
+        problems.append(Problem("--users", "must be 1 or more", users, "Say how many requests run at once."))
+    if not IDENTITY_TOKENS < context_tokens <= longest:
+        what = (
+            f"must be more than the identity's {IDENTITY_TOKENS} tokens, and at most engine.max_model_len ({longest})"
+        )
+        cure = "Count the identity, the conversation and the answer."
+        problems.append(Problem("--context", what, context_tokens, cure))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _fit(gpu: Gpu, context_tokens: int, engine: Mapping[str, Any]) -> tuple[int, MemoryPlan]:
+    """The tensor parallelism of the profile, or the smallest above it at which one user fits; and one GPU's memory."""
+    least = int(engine.get("tensor_parallel_size") or 1)
+    for tp in (size for size in range(least, KV_HEADS + 1) if ATTENTION_HEADS % size == 0 and KV_HEADS % size == 0):
+        memory = _memory(gpu, engine, tp)
+        if memory.users(context_tokens) > 0:
+            return tp, memory
+    what = f"one user with {context_tokens} tokens fits on no replica of up to {KV_HEADS} {gpu.name}"
+    got = f"engine.tensor_parallel_size {least}"
+    raise ConfigError([Problem("--gpu", what, got, "Use a larger GPU, or engine.quantization: fp8.")])
+
+
+def _memory(gpu: Gpu, engine: Mapping[str, Any], tp: int) -> MemoryPlan:
+    weights = int(WEIGHTS_BYTES * _weights_share(engine)) // tp
+    usable = int(float(engine.get("gpu_memory_utilization") or 0.9) * gpu.memory_bytes)
+    kv_bytes = engine.get("kv_cache_memory_bytes") or max(0, usable - weights - OVERHEAD_BYTES)
+    block = engine.get("block_size")
+    return MemoryPlan(
+        weights_bytes=weights,
+        kv_bytes_a_token=_kv_bytes_a_token(engine, tp),
+        kv_bytes=int(kv_bytes),
+        block_tokens=block if isinstance(block, int) else BLOCK_TOKENS,
+        prefix_tokens=IDENTITY_TOKENS,
+    )
+
+
+def _weights_share(engine: Mapping[str, Any]) -> float:
+    return 0.5 if engine.get("quantization") == "fp8" else 1.0
+
+
+def _kv_bytes_a_token(engine: Mapping[str, Any], tp: int) -> int:
+    return kv_bytes_a_token(engine, tp, num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+
+
+def document(found: Plan) -> dict[str, Any]:
+    """The plan as JSON, with what a reader of numbers alone must know."""
+    rounded = {name: round(value, 1) for name, value in asdict(found.speed).items()}
+    numbers = asdict(found) | {"speed": rounded}
+    for name in ("tokens_s", "tokens_s_a_user", "engine_tokens_s", "tokens_s_unshared"):
+        numbers[name] = round(numbers[name], 1)
+    return {"estimate": True, "model": "the merged 7B checkpoint", **numbers, "notes": notes(found)}
+
+
+def notes(found: Plan) -> list[str]:
+    """What the numbers do not say."""
+    load, carried = Workload(), API_TOKENS_S * found.api_processes
+    said = [
+        "An estimate, not a measurement: one H100's figures scaled by memory bandwidth and arithmetic, for requests of "
+        f"{load.new_tokens} new tokens and {load.output_tokens} of answer. Measure before you buy."
+    ]
+    if found.engine_tokens_s > carried:
+        said.append(
+            f"A replica's engine could make {found.engine_tokens_s:,.0f} tokens/s, but its API processes "
+            f"({found.api_processes}) carry about {carried:,}. More replicas with fewer users each would be faster."
+        )
+    if found.replicas > 1:
+        said.append(
+            "Each replica keeps the KV of its own users. Requests of one conversation go to one replica (by the header "
+            "x-session-id, else by the conversation's first message), so that a later turn is computed only from where "
+            "the last one ended. When that replica is gone or full they go to another, which computes them once again. "
+            "The identity is cached on all of them."
+        )
+        said.append("One more replica lets the service hold these users while one is replaced.")
+    if found.tensor_parallel_size > 1:
+        said.append("What the GPUs of a replica say to each other is not counted; it has not been measured here.")
+    return said
+
+
+def text(found: Plan) -> str:
+    """The plan for a person to read."""
+    step, gpus = found.speed, found.replicas * found.tensor_parallel_size
+    limit = "memory" if found.users_by_memory == found.users_a_replica else "engine.max_num_seqs"
+    weights, cache = found.weights_bytes / GIB, found.kv_bytes / GIB
+    total, unshared = _two_digits(found.tokens_s), _two_digits(found.tokens_s_unshared)
+    lines = [
+        f"estimate for {found.users:,} users at once with {found.context_tokens:,} tokens each, identity included",
+        f"  replicas          {found.replicas}, each on {found.tensor_parallel_size} {found.gpu}: {gpus} in all",
+        f"  users a replica   up to {found.users_a_replica:,}, by {limit} (memory holds {found.users_by_memory:,})",
+        f"  memory a GPU      {weights:.1f} GiB of weights, {cache:.1f} GiB of KV cache: {found.kv_tokens:,} tokens",
+        f"  output tokens/s   about {total:,} in all, {found.tokens_s_a_user:.0f} for each user",
+        f"  without sharing   about {unshared:,} tokens/s, if each request brought the identity anew",
+        f"  a step, ms        weights {step.weights_ms:.1f}, identity {step.identity_ms:.1f}, own tokens "
+        f"{step.own_ms:.1f}, prefill {step.prefill_ms:.1f}, rest {step.rest_ms:.1f}",
+    ]
+    return "\n".join([*lines, *(f"  note: {note}" for note in notes(found))])
+
+
+def _two_digits(value: float) -> int:
+    """Two significant digits: more would claim to be a measurement."""
+    return int(round(value, min(0, 2 - len(str(int(value))))))

@@ -1,0 +1,130 @@
+"""uvicorn's HTTP protocol with what it lacks: bounds on heads, trailers and pipelines, and errors in JSON.
+
+It touches uvicorn's internals, and only here. It does not know routes; bodies are bounded by the gate.
+"""
+
+import asyncio
+import json
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+__all__ = ["ABORT", "HEAD_BYTES", "HEAD_S", "PIPELINED", "BoundedHttpProtocol"]
+
+HEAD_BYTES = 32 * 1024
+"""Request line and headers together; also what may come of a body's framing without a byte of the body."""
+HEAD_S = 10.0
+"""From the connection, or from a request's first byte, to the end of its head."""
+PIPELINED = 16
+"""Requests that may wait behind the one being answered; one read could hold ten thousand."""
+ABORT = "borg_serve.abort"
+"""Name of the ASGI scope extension that closes the connection at once, unsent bytes or not."""
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """One connection. A head that is too long or too slow ends it; so does a peer that never sends one."""
+
+    _head_bytes = 0
+    _framing_bytes = 0
+    _in_head = True
+    _begun = False
+    _deaf = False
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_arrived()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
+        if self._in_head:
+            # Counts whole reads, so a head that ends in this read may be charged with the body behind it: the bound is
+            # on what is buffered before the head ends, and a read is at most 256 KiB.
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES and b"\r\n\r\n" not in data:
+                self._refuse(431, "Request Header Fields Too Large", f"The head must not pass {HEAD_BYTES} bytes.")
+                return
+        else:
+            # Endless trailers would be kept, as headers are.
+            self._framing_bytes += len(data)
+            if self._framing_bytes > HEAD_BYTES + len(data):
+                self._refuse(400, "Bad Request", f"A body's framing must not pass {HEAD_BYTES} bytes.")
+                return
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._begun = True
+        if not self._in_head:
+            self._expect_head()
+        self.scope["extensions"] = {ABORT: {"call": self.transport.abort}}
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # A trailer is no header: whoever looked at the head, a proxy or we, has not seen it.
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self._deaf:
+            return
+        if sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > HEAD_BYTES:
+            self._refuse(431, "Request Header Fields Too Large", f"The head must not pass {HEAD_BYTES} bytes.")
+            return
+        self._head_arrived()
+        if len(self.pipeline) >= PIPELINED:
+            self._hang_up()
+            return
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._framing_bytes = 0
+        if not self._deaf:
+            super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "Bad Request", "The request is not valid HTTP.")
+
+    def _expect_head(self) -> None:
+        self._in_head, self._head_bytes = True, 0
+        self._framing_bytes = 0
+        self._head_timer = self.loop.call_later(HEAD_S, self._head_overdue)
+
+    def _head_arrived(self) -> None:
+        self._in_head = False
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_overdue(self) -> None:
+        if self._begun:
+            self._refuse(408, "Request Timeout", f"The head did not arrive within {HEAD_S:g} s.")
+        else:
+            self.transport.close()
+
+    def _hang_up(self) -> None:
+        """Hear no more, answer what was understood, and close (RFC 9112, 9.3.2: the client may repeat the rest)."""
+        self._deaf = True
+        self.cycle.keep_alive = False
+
+    def _refuse(self, status: int, phrase: str, message: str) -> None:
+        """Answer without an application, and close; never in the place or the middle of another request's answer."""
+        next_request = self._in_head
+        self._head_arrived()
+        if self.cycle is not None and not self.cycle.response_complete:
+            if next_request:
+                self._hang_up()
+                return
+            if self.cycle.response_started or self.pipeline:
+                self.transport.close()
+                return
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+        body = json.dumps({"error": error}).encode()
+        if not self.transport.is_closing():
+            head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+            self.transport.close()

@@ -1,0 +1,95 @@
+"""Which replica gets a request: the one that holds the conversation's KV cache, unless it is full or gone.
+
+A request router for Ray Serve: it runs where Serve picks replicas, and knows replicas and a request's fields. It does
+not know vLLM. The identity is in every replica's cache, so it draws no conversation anywhere.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from ray.serve._private.common import ReplicaID
+from ray.serve._private.request_router.common import PendingRequest
+from ray.serve._private.request_router.replica_wrapper import RunningReplica
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+
+__all__ = ["ConversationRouter", "conversation", "order"]
+
+VIRTUAL_NODES = 1000
+"""Points on the ring a replica: its share of conversations is within about 3% of even."""
+BOUND = 1.25
+"""A replica with this many times the mean load, and half its places taken, takes no more while others have room
+(consistent hashing with bounded loads, Mirrokni et al., arXiv:1608.01350): a greeting that everybody begins with must
+not fill one replica."""
+CLIENT = ("prompt_cache_key", "safety_identifier", "user")
+"""Fields by which a client may say whose request it is; the first one present counts."""
+
+
+def conversation(fields: dict[str, Any]) -> str | None:
+    """What stays the same over a conversation's turns, hashed: who asks, and the first thing a user said; None if
+    nothing is said. The session header, where there is one, goes before it.
+    """
+    messages = fields.get("messages") or fields.get("input")
+    if isinstance(messages, list):
+        turns = (turn for turn in messages if isinstance(turn, dict) and turn.get("role") == "user")
+        first = next((turn.get("content") for turn in turns), None)
+    else:
+        first = messages
+    if not first:
+        return None
+    who = next((fields[name] for name in CLIENT if isinstance(fields.get(name), str)), "")
+    return hashlib.sha256(json.dumps([who, first], sort_keys=True).encode()).hexdigest()
+
+
+def order(ranked: list[str], load: dict[str, int], places: dict[str, int]) -> list[str]:
+    """Put the replicas of one conversation in the order to try: its own first, unless that is full or overloaded.
+
+    `ranked`: replicas by the ring, its own first. `load`: requests each one has; `places`: how many it takes. Where
+    every replica is full the order stays: the first refuses with the time to try again.
+    """
+    mean = (sum(load[name] for name in ranked) + 1) / max(1, len(ranked))
+    room = [name for name in ranked if load[name] < places[name]]
+    light = [name for name in room if load[name] + 1 <= max(BOUND * mean, places[name] / 2)]
+    return [*light, *(name for name in room if name not in light), *(name for name in ranked if name not in room)]
+
+
+class ConversationRouter(ConsistentHashRouter):
+    """Serve's consistent hashing by session, and without a session by the conversation's beginning."""
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        super().initialize_state(num_virtual_nodes=VIRTUAL_NODES, num_fallback_replicas=1_000_000, **kwargs)
+        self._sent: dict[ReplicaID, tuple[object, int]] = {}
+
+    def _routing_key(self, pending_request: PendingRequest | None) -> str | None:
+        if pending_request is not None and not pending_request.metadata.session_id and pending_request.args:
+            # Ray's router hands over the request's fields; its fallback proxy something else, which names nobody.
+            key = conversation(getattr(pending_request.args[0], "__dict__", {}))
+            if key is not None:
+                return key
+        own: str | None = super()._routing_key(pending_request)
+        return own
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        ranks = await super().choose_replicas(candidate_replicas, pending_request)
+        if pending_request is None or not ranks:
+            return ranks
+        replicas = {str(rank[0].replica_id): rank[0] for rank in ranks}
+        load = {name: self._load(replica) for name, replica in replicas.items()}
+        places = {name: int(replica.routing_stats.get("places", 1)) for name, replica in replicas.items()}
+        tried = [replicas[name] for name in order(list(replicas), load, places)]
+        self._count(tried[0])
+        return [[replica] for replica in tried]
+
+    def _load(self, replica: RunningReplica) -> int:
+        """The load that the replica last told, and what was sent to it since."""
+        told = replica.routing_stats
+        seen, sent = self._sent.get(replica.replica_id, (None, 0))
+        return int(told.get("load", 0)) + (sent if seen == told.get("at") else 0)
+
+    def _count(self, replica: RunningReplica) -> None:
+        at = replica.routing_stats.get("at")
+        seen, sent = self._sent.get(replica.replica_id, (None, 0))
+        self._sent = {name: entry for name, entry in self._sent.items() if name in self._replicas}
+        self._sent[replica.replica_id] = (at, sent + 1 if seen == at else 1)
