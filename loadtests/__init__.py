@@ -1,0 +1,1 @@
+"""Load profiles and benchmarks: clients of the HTTP API, like any other."""

@@ -1,0 +1,113 @@
+"""Start and end Ray Serve applications on a cluster of this machine for a measurement, with all their processes."""
+
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import psutil
+import yaml
+
+from loadtests import servers
+
+logging.getLogger("httpx").setLevel(logging.WARNING)  # Ray makes every look at a server a line
+
+__all__ = ["EQUAL", "application", "direct", "family", "ports", "running"]
+
+MARK = "BORG_LOADTEST_CLUSTER"
+FIRST_PORT = 34000
+"""Replicas listen from here on."""
+READY_S = 600.0
+EQUAL = {"RAY_worker_niceness": "0"}
+"""Ray's own niceness of 15 starves replicas where clients share the machine."""
+
+
+def application(replicas: int, changes: dict[str, Any] | None = None, **deployment: Any) -> dict[str, Any]:
+    """The demo's application with so many replicas, changes to its profile, and options of Serve for its deployment."""
+    found: dict[str, Any] = yaml.safe_load(Path("deploy/demo-cpu.yaml").read_text())["applications"][0]
+    found["args"]["set"] |= {"cluster.replicas": replicas, "cluster.cpus": 0.25, **(changes or {})}
+    if deployment:
+        found["deployments"] = [{"name": "BorgServer:borg-merge-v1", **deployment}]
+    return found
+
+
+def ports(replicas: int) -> list[int]:
+    """The ports of the replicas that answer; fewer than asked for while some start."""
+    found = []
+    for port in range(FIRST_PORT, FIRST_PORT + 3 * replicas + 4):
+        with suppress(httpx.TransportError, ValueError):
+            if "replica" in httpx.get(f"http://127.0.0.1:{port}/version", timeout=10).json():
+                found.append(port)
+    return found
+
+
+def direct(first_port: int = FIRST_PORT) -> dict[str, str]:
+    """The environment in which HAProxy talks straight to the replicas, every listener on a free port."""
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
+        "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + 100),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(servers.free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(servers.free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(servers.free_port()),
+    }
+
+
+@contextmanager
+def running(
+    name: str,
+    application: dict[str, Any],
+    folder: Path,
+    more: Mapping[str, str],
+    ready: str = "/ready",
+    naming: str = "",
+) -> Iterator[servers.Server]:
+    """Run one application by `serve run` on a cluster of its own until the block ends, with every process of it.
+
+    `more`: variables for its environment; `ready`, `naming` as `servers.running` takes them. Raises RuntimeError with
+    the end of its log if it does not become ready.
+    """
+    port, mark = servers.free_port(), uuid4().hex
+    http = {"host": "127.0.0.1", "port": port}
+    config = {"proxy_location": "HeadOnly", "http_options": http, "applications": [application]}
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
+    with ExitStack() as stack:
+        ray = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+        stack.callback(_end, mark)
+        environment = {
+            MARK: mark,
+            "RAY_TMPDIR": ray,  # short: it holds sockets
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PYTHONPATH": os.getcwd(),
+            **more,
+        }
+        log = folder / f"{name}.log"
+        yield stack.enter_context(servers.running(name, command, port, ready, log, READY_S, environment, naming))
+
+
+def family(server: servers.Server) -> list[psutil.Process]:
+    """Every process of a server's cluster: Ray's own app answers before its engine exists, so look when you need it."""
+    return servers.marked(MARK, server.process.environ()[MARK])
+
+
+def _end(mark: str) -> None:
+    """Ray leaves HAProxy behind when it ends."""
+    end = time.monotonic() + 20
+    while servers.marked(MARK, mark) and time.monotonic() < end:
+        time.sleep(0.5)
+    for process in servers.marked(MARK, mark):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -1,0 +1,165 @@
+"""The servers that `compare` measures, each ready to be started, paused and ended, with its processes by group.
+
+It knows how each is started with the same checkpoint. It measures nothing but processes.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from borg_serve import engine
+from borg_serve.config import Config
+from loadtests import clusters, servers
+
+__all__ = ["GROUPS", "Contender", "Running", "contenders"]
+
+GROUPS = ("client", "door", "engine", "ray")
+ENGINE = ("VLLM::", "EngineCore", "loadtests.original")
+DOOR = ("ServeReplica", "ProxyActor", "haproxy", "borg_serve serve", "api_server")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A contender that answers."""
+
+    url: str
+    processes: Callable[[], list[psutil.Process]]
+    pause: Callable[[], None]
+    resume: Callable[[], None]
+
+    def cpu_s(self) -> dict[str, float]:
+        """CPU seconds so far by group."""
+        found = dict.fromkeys(GROUPS, 0.0)
+        for process in self.processes():
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                found[group(process)] += times.user + times.system
+        return found
+
+    def memory_mib(self) -> float:
+        """Proportional set size of all its processes: shared pages count once."""
+        total = 0.0
+        for process in self.processes():
+            with suppress(psutil.Error):
+                total += process.memory_full_info().pss
+        return total / (1 << 20)
+
+
+def group(process: psutil.Process) -> str:
+    """What a process is there for, by its title."""
+    return group_of(" ".join(process.cmdline()))
+
+
+def group_of(title: str) -> str:
+    """The group of a process's command line."""
+    if any(word in title for word in ENGINE):
+        return "engine"
+    if any(word in title for word in DOOR):
+        return "door"
+    return "ray"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of serving the demo model."""
+
+    name: str
+    title: str
+    model: str
+    sends_identity: bool
+    """Whether the client must send the identity as its system message."""
+    start: Callable[[], AbstractContextManager[Running]]
+    stays: bool
+    """Whether it can be paused between its turns; Ray's heartbeats cannot."""
+
+
+def contenders(config: Config, folder: Path) -> list[Contender]:
+    """All of them, for one profile. Logs go to `folder`."""
+    name = config.model.served_name
+    original = "transformers generate with a streamer, one request after another"
+    shared = _original(config, folder)
+    return [
+        Contender("ours", "borg-serve serve", name, False, _ours(config, folder), True),
+        Contender("stock", "vLLM's own server at its defaults", name, True, _stock(config, folder), True),
+        Contender("original", f"the original app's way: {original}", "original", True, shared, True),
+        Contender("original-reused", f"{original}, identity's past reused", "original-reused", True, shared, True),
+        Contender("ray-classic", "Ray Serve LLM, its own OpenAI app", name, True, _classic(config, folder), False),
+        Contender("ray-ours", "borg-serve on a Ray cluster, HAProxy", name, False, _cluster(config, folder), False),
+    ]
+
+
+# ---------------------------------------------------------------------------------------- plain servers
+
+
+def _plain(name: str, words: Callable[[int], list[str]], ready: str, folder: Path) -> Callable[[], Any]:
+    @contextmanager
+    def start() -> Iterator[Running]:
+        port = servers.free_port()
+        with servers.running(name, words(port), port, ready, folder / f"{name}.log") as server:
+            yield Running(server.url, lambda: server.processes, server.pause, server.resume)
+
+    return start
+
+
+def _ours(config: Config, folder: Path) -> Callable[[], Any]:
+    return _plain("ours", lambda port: servers.ours(str(config.file), port), "/ready", folder)
+
+
+def _stock(config: Config, folder: Path) -> Callable[[], Any]:
+    """What the model and this machine need, and nothing else: block size, batch and sequences are vLLM's defaults."""
+    ours = engine.arguments(config, config.model.path, "")
+    needed = ("model", "served_model_name", "dtype", "max_model_len", "kv_cache_memory_bytes", "enforce_eager")
+    words = engine.command_line({name: ours[name] for name in needed})
+    return _plain("stock", lambda port: servers.stock(words, port), "/health", folder)
+
+
+def _original(config: Config, folder: Path) -> Callable[[], Any]:
+    words = [sys.executable, "-m", "loadtests.original", "--model", config.model.path]
+    words += ["--identity", str(config.identity.prompt)]
+    return _plain("original", lambda port: [*words, f"--port={port}"], "/", folder)
+
+
+# ---------------------------------------------------------------------------------------- on Ray
+
+
+MORE = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 8}'}
+"""Logical ones: Ray's own app asks for more than two."""
+
+
+def _classic(config: Config, folder: Path) -> Callable[[], Any]:
+    kwargs = {name: config.engine[name] for name in ("max_model_len", "kv_cache_memory_bytes", "enforce_eager")}
+    model = {"model_id": config.model.served_name, "model_source": config.model.path}
+    one = {
+        "model_loading_config": model,
+        "accelerator_config": {"kind": "cpu"},
+        "engine_kwargs": {**kwargs, "dtype": config.model.dtype},
+        "deployment_config": {"num_replicas": 1, "max_ongoing_requests": 64},
+        "runtime_env": {"env_vars": {"VLLM_TARGET_DEVICE": "cpu", "HF_HUB_OFFLINE": "1"}},
+    }
+    application = {
+        "name": "llm",
+        "route_prefix": "/",
+        "import_path": "ray.serve.llm:build_openai_app",
+        "args": {"llm_configs": [one]},
+    }
+    return lambda: _ray("ray-classic", application, {}, "/v1/models", config.model.served_name, folder)
+
+
+def _cluster(config: Config, folder: Path) -> Callable[[], Any]:
+    application = clusters.application(1, {"cluster.cpus": 1})
+    application["args"]["profile"] = str(config.file)
+    return lambda: _ray("ray-ours", application, clusters.direct(), "/ready", "", folder)
+
+
+@contextmanager
+def _ray(
+    name: str, application: dict[str, Any], more: dict[str, str], ready: str, naming: str, folder: Path
+) -> Iterator[Running]:
+    engine.prepare_environment()
+    with clusters.running(name, application, folder, MORE | more, ready, naming) as server:
+        yield Running(server.url, lambda: clusters.family(server), lambda: None, lambda: None)

@@ -1,0 +1,1 @@
+"""Load profiles, one a file: Locust takes every shape that a file holds."""
