@@ -1,0 +1,269 @@
+"""The one Ray cluster that the tests of this folder share: two nodes, two replicas of the demo behind HAProxy."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from borg_serve import demo
+from loadtests import clusters, servers
+from tests.conftest import Redis
+from tests.engine.process import environment as environment_of_a_user
+from tests.engine.process import free_port
+from tests.waiting import wait_until
+
+ROOT = Path(__file__).parents[2]
+SERVE = str(Path(sys.executable).with_name("serve"))
+MARK = "BORG_TEST_CLUSTER"
+READY_S = 420.0
+END_S = 90.0
+FIRST_PORT = 33000
+"""Replicas listen from here on."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One replica, asked on its own port, past HAProxy."""
+
+    name: str
+    url: str
+    version: dict[str, Any]
+
+    def answered(self) -> float:
+        """Return how many chat requests it has answered."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        found = [line for line in lines if line.startswith("borg_requests_total{") and "chat/completions" in line]
+        return sum(float(line.rpartition(" ")[2]) for line in found)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running application, and what a test does to it."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    folder: Path
+    environment: dict[str, str]
+    nodes: "Nodes"
+
+    def tail(self) -> str:
+        """Return the last lines of its log, for a failed assertion to show."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
+
+    def ready(self) -> int:
+        """Return the status of /ready through HAProxy, 0 when nobody answers."""
+        with suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/ready", timeout=10).status_code
+        return 0
+
+    def replicas(self) -> list[Replica]:
+        """Return the replicas that answer, by name."""
+        found = []
+        for port in range(FIRST_PORT, FIRST_PORT + 12):
+            url = f"http://127.0.0.1:{port}"
+            with suppress(httpx.TransportError, ValueError):
+                version = httpx.get(f"{url}/version", timeout=10).json()
+                if "replica" in version:
+                    found.append(Replica(version["replica"], url, version))
+        return sorted(found, key=lambda replica: replica.name)
+
+    def family(self) -> list[psutil.Process]:
+        """Return every living process that descends from this cluster: they inherit its mark."""
+        return servers.marked(MARK, self.environment[MARK])
+
+    def process_of(self, replica: Replica) -> psutil.Process:
+        """Return the process that listens on the replica's port."""
+        port = int(replica.url.rpartition(":")[2])
+        (found,) = [process for process in self.family() if port in _listened(process)]
+        return found
+
+    def engine_of(self, replica: Replica) -> psutil.Process:
+        """Return the engine core of a replica."""
+        children = self.process_of(replica).children(recursive=True)
+        (found,) = [process for process in children if process.cmdline()[:1] == ["VLLM::EngineCore"]]
+        return found
+
+    @contextmanager
+    def load(self, users: int) -> Iterator[list[str]]:
+        """Keep so many users asking, each one short stream after another; how their requests ended, as they do."""
+        ends: list[str] = []
+        stop = threading.Event()
+
+        def user(name: int) -> None:
+            turn = 0
+            while not stop.is_set():
+                turn += 1
+                messages = [{"role": "user", "content": f"I am {name}, this is {turn}"}]
+                body = {"messages": messages, "max_tokens": 12, "stream": True, "ignore_eos": True}
+                ends.append(_end(f"{self.url}/v1/chat/completions", body))
+
+        with ThreadPoolExecutor(users) as pool:
+            running = [pool.submit(user, name) for name in range(users)]
+            try:
+                yield ends
+            finally:
+                stop.set()
+        for each in running:
+            each.result()
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """Give Serve another configuration of the same application."""
+        file = self.folder / "again.yaml"
+        file.write_text(yaml.safe_dump(config))
+        address = ["--address", self.nodes.dashboard]
+        subprocess.run([SERVE, "deploy", *address, str(file)], cwd=ROOT, env=self.environment, check=True, timeout=120)
+
+
+def _listened(process: psutil.Process) -> set[int]:
+    with suppress(psutil.Error):
+        found = [entry for entry in process.net_connections("tcp") if entry.status == psutil.CONN_LISTEN]
+        return {int(str(tuple(entry.laddr)[1])) for entry in found}
+    return set()
+
+
+def _end(url: str, body: dict[str, Any]) -> str:
+    """How one streamed request ends: `ok`, a status and its error code, or what broke its connection."""
+    try:
+        answer = httpx.post(url, json=body, timeout=180)
+    except httpx.TransportError as error:
+        return type(error).__name__
+    if answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n"):
+        return "ok"
+    last = answer.text.strip().rpartition("data: ")[2]
+    with suppress(ValueError, KeyError):
+        return f"{answer.status_code} {json.loads(last)['error']['code']}"
+    return f"{answer.status_code} silent: {last[-100:]}"
+
+
+def configuration(port: int, **changes: object) -> dict[str, Any]:
+    """Return the demo's own deploy file with another port and these changes to its profile."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "deploy/demo-cpu.yaml").read_text())
+    config["http_options"]["port"] = port
+    patient = {"server.hang_s": 60, "limits.deadline_s": 180, "limits.stall_s": 60}
+    config["applications"][0]["args"]["set"] |= {"model.path": str(demo.materialise()), **patient, **changes}
+    return config
+
+
+class Nodes:
+    """The two Ray nodes that everything runs on."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.cluster.nodes", str(free_port()), str(free_port())],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        found = self._answer()
+        self.address, self.dashboard = str(found["address"]), str(found["dashboard"])
+        self.worker = self.add_worker()
+
+    def add_worker(self) -> psutil.Process:
+        """Add a node; its raylet, of which everything on that node descends."""
+        self.worker = psutil.Process(int(self._ask("worker")))
+        return self.worker
+
+    def start_gcs(self) -> None:
+        """Start the head's GCS again, on the port it had."""
+        self._ask("gcs")
+
+    def end(self) -> None:
+        """End both nodes."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(END_S)
+        finally:
+            self._process.kill()
+            self._process.wait()
+
+    def _ask(self, what: str) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("nodes: "):
+                return json.loads(line.removeprefix("nodes: "))
+        raise AssertionError(f"the nodes ended with status {self._process.wait()}")
+
+
+@pytest.fixture(scope="session")
+def cluster(redis: Redis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The demo's cluster, ready, one replica a node; at the end no process of it may be left behind."""
+    folder = tmp_path_factory.mktemp("cluster")
+    port = free_port()
+    (folder / "deploy.yaml").write_text(yaml.safe_dump(configuration(port)))
+    environment = {
+        **environment_of_a_user(),
+        MARK: uuid4().hex,
+        "RAY_TMPDIR": tempfile.mkdtemp(prefix="ray-"),  # short: it holds sockets
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": uuid4().hex,
+        "RAY_REDIS_ADDRESS": redis.address,
+        **clusters.direct(FIRST_PORT),
+        "RAY_SERVE_INGRESS_REQUEST_ROUTER_METRICS_ENABLED": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    log = folder / "serve.log"
+    nodes = Nodes(environment)
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [SERVE, "run", "--address", nodes.address, str(folder / "deploy.yaml")],
+            cwd=ROOT,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    cluster = Cluster(f"http://127.0.0.1:{port}", process, log, folder, environment, nodes)
+    try:
+        end = time.monotonic() + READY_S
+        while len(cluster.replicas()) < 2 or cluster.ready() != 200:
+            assert process.poll() is None, cluster.tail()
+            assert time.monotonic() < end, cluster.tail()
+            time.sleep(1)
+        yield cluster
+        process.send_signal(signal.SIGTERM)
+        process.wait(END_S)
+        nodes.end()
+        wait_until("every process of the cluster has ended", lambda: not cluster.family(), END_S)
+    finally:
+        for left in cluster.family():
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
+        nodes.end()
+        process.kill()
+        process.wait()
+        shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def targets(cluster: Cluster) -> list[str]:
+    """Addresses of Ray's metrics, as Ray's own service discovery names them."""
+    file = Path(cluster.environment["RAY_TMPDIR"]) / "ray" / "prom_metrics_service_discovery.json"
+    wait_until("Ray's service discovery", file.is_file, 60)
+    return [target for group in json.loads(file.read_text()) for target in group["targets"]]

@@ -1,0 +1,52 @@
+"""What a profile becomes for Ray Serve: bounds from the KV cache, placement, scaling. Starts no cluster."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from borg_serve import capacity, demo, engine, report
+from borg_serve.config import Config, load
+from tests.cluster.conftest import ROOT
+
+
+def application(profile: str, *sets: str) -> dict[str, Any]:
+    from borg_serve import cluster
+
+    found = cluster.application(config(profile, *sets))
+    json.dumps(found)
+    return found
+
+
+def config(profile: str, *sets: str) -> Config:
+    return load(ROOT / "configs" / f"{profile}.yaml", sets, engine.field_problems)
+
+
+def test_application_bounds_come_from_the_kv_cache() -> None:
+    sets = (f"model.path={demo.materialise()}", "engine.max_num_seqs=1000")
+    memory = report.effective(config("demo-cpu", *sets))["memory"]
+    fits = (memory["kv_tokens"] - memory["identity_shared_tokens"]) // capacity.OWN_TOKENS
+    deployment = application("demo-cpu", *sets)["deployment"]
+    assert fits < deployment["max_ongoing_requests"] < 4 * fits
+    assert deployment["max_queued_requests"] == deployment["max_ongoing_requests"]
+
+
+def test_application_scales_before_a_replica_is_full() -> None:
+    deployment = application("7b-h100", "cluster.replicas=1", "cluster.max_replicas=8")["deployment"]
+    assert "num_replicas" not in deployment
+    scaling = deployment["autoscaling_config"]
+    assert (scaling["min_replicas"], scaling["max_replicas"]) == (1, 8)
+    assert scaling["target_ongoing_requests"] == round(0.7 * 256)
+
+
+@pytest.mark.parametrize(("stages", "strategy"), [(1, "STRICT_PACK"), (2, "PACK")])
+def test_application_keeps_tensor_parallel_workers_on_one_node(stages: int, strategy: str) -> None:
+    found = application("7b-tp2", f"engine.pipeline_parallel_size={stages}")
+    assert found["placement_group"]["strategy"] == strategy
+    assert found["engine"]["tensor_parallel_size"] == 2
+
+
+def test_application_leaves_time_to_drain(tmp_path: Path) -> None:
+    deployment = application("7b-h100", "server.drain_s=45")["deployment"]
+    assert deployment["graceful_shutdown_timeout_s"] > 45

@@ -1,0 +1,92 @@
+"""For all tests: the environment that vLLM needs, quick tests first, a watch on pauses, and a Redis."""
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from borg_serve.engine import prepare_environment
+from loadtests import servers
+from tests.stillness import Stillness
+from tests.waiting import wait_until
+
+prepare_environment()
+# Machines are shared and noisy: how long one example takes says nothing.
+hypothesis.settings.register_profile("borg", deadline=None)
+hypothesis.settings.load_profile("borg")
+
+STILLNESS = Stillness()
+TIERS = ("engine", "cluster", "browser", "gpu")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the folder of a tier that is not asked for alone: importing what its tests import takes seconds."""
+    name = collection_path.name
+    return True if name in TIERS and f"not {name}" in config.getoption("markexpr") else None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what lies in the folder of a tier, and have what fails while the machine stands still run again."""
+    item.add_marker(pytest.mark.flaky(reruns=2, condition=STILLNESS.happened))
+    tier = item.path.parent.name
+    if tier in TIERS:
+        item.add_marker(tier)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Count the machine's pauses for the test that begins."""
+    STILLNESS.begin()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say when the machine stood still: it is what a test ran again for."""
+    pauses_s = STILLNESS.pauses_s
+    if pauses_s:
+        times = f"{len(pauses_s)} times, at most for {max(pauses_s):.0f} s"
+        terminalreporter.write_line(f"the machine stood still {times}; what failed meanwhile ran again")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put pure tests first; of the engine's those with one of their own, then the shared server's, then its end."""
+
+    def rank(item: pytest.Item) -> tuple[int, bool, bool]:
+        tier = next((index for index, name in enumerate(TIERS, 1) if item.get_closest_marker(name)), 0)
+        fixtures = getattr(item, "fixturenames", ())
+        return tier, "server" in fixtures, "ending" in fixtures
+
+    items.sort(key=rank)
+
+
+@dataclass(frozen=True)
+class Redis:
+    """A running Redis; `address` is host:port."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+
+@pytest.fixture(scope="session")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    """Redis from the machine's own packages, on a free port."""
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("no redis-server: `make system` as root installs it")
+    port = servers.free_port()
+    words = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no", "--dir"]
+    folder = tmp_path_factory.mktemp("redis")
+    with subprocess.Popen([program, *words, str(folder)], stdout=subprocess.DEVNULL) as process:
+
+        def answers() -> bool:
+            with socket.socket() as sock:
+                return sock.connect_ex(("127.0.0.1", port)) == 0
+
+        wait_until("Redis answers", answers, 30)
+        yield Redis(f"127.0.0.1:{port}", process)
+        process.kill()

@@ -1,0 +1,258 @@
+"""Two API processes over one engine, with keys and short limits: one server from outside, and one life."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from borg_serve.keys import new_key
+from tests import qwen
+from tests.engine.process import Server, living, running
+from tests.engine.test_contract import CHAT, check_error
+
+DEADLINE_S = 15.0
+PLACES = 10
+"""Together; each of the two gets 8, for connections are dealt out unevenly."""
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Pair"]:
+    """Two API processes: 8 places each, no queue, 15 s a request, and a key."""
+    folder = tmp_path_factory.mktemp("pair")
+    key, entry = new_key("tester")
+    (folder / "keys.yaml").write_text(entry)
+    with running(
+        folder,
+        *common(checkpoint),
+        f"--set=server.keys={folder / 'keys.yaml'}",
+        f"--set=limits.deadline_s={DEADLINE_S}",
+        "--set=limits.body_s=1",
+        f"--set=limits.concurrent={PLACES}",
+        "--set=limits.queued=0",
+    ) as server:
+        yield Pair(server, {"authorization": f"Bearer {key}"})
+
+
+class Pair:
+    """The server, and requests to it on connections of their own: either process may get each."""
+
+    def __init__(self, server: Server, headers: dict[str, str]) -> None:
+        self.server = server
+        self.headers = headers
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.server.base_url}{path}", headers=self.headers, timeout=60)
+
+    def post(self, body: dict[str, Any]) -> httpx.Response:
+        return httpx.post(f"{self.server.base_url}{CHAT}", json=body, headers=self.headers, timeout=60)
+
+    def stream(self, stack: ExitStack, body: dict[str, Any]) -> tuple[httpx.Response, Iterator[str]]:
+        """Begin a stream that lives as long as the stack: the answer, and its lines after the first."""
+        client = stack.enter_context(httpx.Client(base_url=self.server.base_url, headers=self.headers, timeout=60))
+        answer = stack.enter_context(client.stream("POST", CHAT, json=body | {"stream": True}))
+        lines = answer.iter_lines()
+        next(lines)
+        return answer, lines
+
+
+def common(checkpoint: Path) -> list[str]:
+    settings = (f"model.path={checkpoint}", "server.processes=2", "engine.kv_cache_memory_bytes=536870912")
+    return [f"--set={item}" for item in settings]
+
+
+def request(**more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "Tell me a long story."}]
+    return {"messages": messages, "max_tokens": 4000, "ignore_eos": True, **more}
+
+
+# ----------------------------------------------------------------------------------------------- as one server
+
+
+def test_processes_find_the_identity_cached_from_the_first_request_on(pair: Pair) -> None:
+    blocks = len(qwen.prefix("smollm2").token_ids) // 32 * 32
+    for number in range(4):
+        messages = [{"role": "user", "content": f"Fresh words {number}"}]
+        answer = pair.post({"messages": messages, "max_tokens": 1})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] >= blocks
+
+
+def test_processes_are_two_and_say_the_same(pair: Pair) -> None:
+    parents = [process.ppid() for process in pair.server.family()]
+    assert parents.count(pair.server.pid) >= 3, "two API processes and the engine"
+    versions = [pair.get("/version").json() for _ in range(8)]
+    assert all(version == versions[0] for version in versions)
+    assert versions[0]["identity"]["tokens"] == len(qwen.prefix("smollm2").token_ids)
+    assert {pair.get("/ready").status_code for _ in range(8)} == {200}
+
+
+def test_processes_share_their_requests_and_add_up_their_metrics(pair: Pair) -> None:
+    before = metrics(pair)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: pair.post(request(max_tokens=6)), range(8)))
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [6] * 8
+    after = metrics(pair)
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert grown('borg_requests_total{outcome="ok",route="/v1/chat/completions"}') == 8
+    assert grown("borg_queue_seconds_count") == 8
+    assert after["borg_inflight"] == 0
+    assert after["borg_ready"] == 1
+    assert after["borg_identity_tokens"] == len(qwen.prefix("smollm2").token_ids)
+    assert sum(value for name, value in after.items() if name.startswith("vllm:generation_tokens_total")) >= 48
+
+
+def test_processes_ask_for_the_key_but_not_for_their_pulse(pair: Pair) -> None:
+    with httpx.Client(base_url=pair.server.base_url, timeout=30) as stranger:
+        for path in ("/health", "/ready"):
+            assert stranger.get(path).status_code == 200
+        for path in ("/version", "/metrics", "/v1/models"):
+            check_error(stranger.get(path), 401)
+        for wrong in ("Bearer borg-wrong", "Basic eA==", "Bearer"):
+            answer = stranger.post(CHAT, json=request(), headers={"authorization": wrong})
+            assert check_error(answer, 401)["code"] == "invalid_api_key"
+            assert answer.headers["www-authenticate"] == "Bearer"
+
+
+# ------------------------------------------------------------------------------------------------------ limits
+
+
+def test_processes_end_what_passes_its_deadline(pair: Pair) -> None:
+    """Before the first byte with a 504, in a stream with an error event and no [DONE]."""
+    begun = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        whole, streamed = pool.map(pair.post, (request(), request(stream=True)))
+    assert DEADLINE_S - 0.5 < time.monotonic() - begun < DEADLINE_S + 5
+    assert check_error(whole, 504)["code"] == "deadline_exceeded"
+    assert streamed.status_code == 200
+    *chunks, last, end = streamed.text.split("\n\n")
+    assert end == ""
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+    assert len(chunks) > 1
+    assert "[DONE]" not in streamed.text
+    assert '"finish_reason":"' not in streamed.text
+
+
+def test_processes_refuse_at_once_when_every_place_is_taken(pair: Pair) -> None:
+    with ExitStack() as stack:
+        for _ in range(PLACES):
+            refused = pair.post(request(n=4, max_tokens=1))
+            if refused.status_code != 200:
+                break
+            client = stack.enter_context(httpx.Client(base_url=pair.server.base_url, headers=pair.headers, timeout=60))
+            stack.enter_context(client.stream("POST", CHAT, json=request(n=4, stream=True)))
+        assert check_error(refused, 503)["code"] == "busy"
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+    end = time.monotonic() + 30
+    while metrics(pair)["borg_inflight"]:
+        assert time.monotonic() < end, "the places must be free again"
+        time.sleep(0.1)
+    assert pair.post(request(max_tokens=1)).status_code == 200
+
+
+def test_processes_take_no_slow_body(pair: Pair) -> None:
+    def slowly() -> Iterator[bytes]:
+        for _ in range(40):
+            yield b" "
+            time.sleep(0.1)
+
+    headers = {"content-type": "application/json", **pair.headers}
+    check_error(httpx.post(f"{pair.server.base_url}{CHAT}", content=slowly(), headers=headers), 408)
+
+
+# -------------------------------------------------------------------------------------------------------- ends
+
+
+def test_processes_drain_together_at_sigterm(pair: Pair) -> None:
+    """Last of those that share the pair: it ends it."""
+    family = pair.server.family()
+    with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        streams: list[tuple[httpx.Response, Iterator[str]]] = []
+        while len(connected(pair.server)) < 2:  # one that has nothing to finish is gone at once
+            assert len(streams) < 8
+            streams.append(pair.stream(stack, request(max_tokens=100)))
+        stopping = pool.submit(pair.server.stop)
+        end = time.monotonic() + 5
+        while pair.get("/ready").status_code == 200:
+            assert time.monotonic() < end
+        ready, refused = pair.get("/ready"), pair.post(request())
+        ends = [[line for line in lines if line][-2:] for _, lines in streams]
+    assert (ready.status_code, ready.json()["status"]) == (503, "draining")
+    assert check_error(refused, 503)["code"] == "not_ready"
+    for finish, done in ends:
+        assert json.loads(finish.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert done == "data: [DONE]"
+    assert stopping.result() == 0, pair.server.tail()
+    assert living(family) == []
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "api",
+        pytest.param(
+            "engine",
+            marks=pytest.mark.skipif(not os.environ.get("BORG_TEST_SLOW"), reason="one more start: BORG_TEST_SLOW=1"),
+        ),
+    ],
+)
+def test_processes_end_together_when_one_is_killed(checkpoint: Path, tmp_path: Path, victim: str) -> None:
+    with running(tmp_path, *common(checkpoint)) as server, httpx.Client(base_url=server.base_url, timeout=60) as client:
+        family = server.family()
+        with client.stream("POST", CHAT, json=request(stream=True)) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            killed = victims(server)[victim]
+            os.kill(killed.pid, signal.SIGKILL)
+            rest = [line for line in lines if line]
+        assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "engine_lost"
+        assert "data: [DONE]" not in rest
+        assert server.ended() == 1, server.tail()
+        assert living(family) == []
+
+
+def victims(server: Server) -> dict[str, psutil.Process]:
+    """The engine, and the API process that does not hold the one client's connection."""
+    (holder,) = connected(server)
+    (engine,) = (child for child in psutil.Process(server.pid).children() if "EngineCore" in " ".join(child.cmdline()))
+    (other,) = (process for process in api_processes(server) if process != holder)
+    return {"api": other, "engine": engine}
+
+
+def api_processes(server: Server) -> list[psutil.Process]:
+    port = httpx.URL(server.base_url).port
+    return [
+        child
+        for child in psutil.Process(server.pid).children()
+        if any(item.laddr.port == port and item.status == psutil.CONN_LISTEN for item in child.net_connections("tcp"))
+    ]
+
+
+def connected(server: Server) -> list[psutil.Process]:
+    """The API processes that hold a connection of a client."""
+    port = httpx.URL(server.base_url).port
+    return [
+        process
+        for process in api_processes(server)
+        if any(
+            item.laddr.port == port and item.status == psutil.CONN_ESTABLISHED
+            for item in process.net_connections("tcp")
+        )
+    ]
+
+
+def metrics(pair: Pair) -> dict[str, float]:
+    lines = (line for line in pair.get("/metrics").text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}

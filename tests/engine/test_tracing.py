@@ -1,0 +1,52 @@
+"""Traces of a request: the client's span above ours, the wait for a place and vLLM's own span below."""
+
+import time
+
+import httpx
+import pytest
+
+from tests.engine.collector import Collector, Span
+from tests.engine.test_contract import CHAT
+
+CLIENT_SPAN = "00f067aa0ba902b7"
+NAMES = {"borg.request", "borg.queue", "llm_request"}
+
+
+def spans(collector: Collector, trace: str, names: set[str]) -> dict[str, Span]:
+    """Return a trace's spans once those with these names have come."""
+    end = time.monotonic() + 30
+    while not names <= collector.of(trace).keys():
+        assert time.monotonic() < end, f"only {sorted(collector.of(trace))} came"
+        time.sleep(0.1)
+    return collector.of(trace)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tracing_spans_lie_within_each_other(http: httpx.Client, collector: Collector, stream: bool) -> None:
+    trace = f"4bf92f3577b34da6a3ce929d0e0e47{36 + stream:02x}"
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "ignore_eos": True, "stream": stream}
+    headers = {"traceparent": f"00-{trace}-{CLIENT_SPAN}-01", "x-request-id": "traced"}
+    assert http.post(CHAT, json=body, headers=headers).status_code == 200
+    found = spans(collector, trace, NAMES)
+    whole = found["borg.request"]
+    assert whole.parent == CLIENT_SPAN
+    assert found["borg.queue"].parent == found["llm_request"].parent == whole.id
+    assert all(whole.start_ns <= span.start_ns <= span.end_ns for span in found.values())
+    assert found["borg.queue"].end_ns <= whole.end_ns
+    assert {
+        "http.route": CHAT,
+        "borg.request_id": "traced",
+        "borg.outcome": "ok",
+        "http.response.status_code": 200,
+        "gen_ai.usage.output_tokens": 3,
+    }.items() <= whole.attributes.items()
+
+
+def test_tracing_refused_request_has_its_span(http: httpx.Client, collector: Collector) -> None:
+    trace = "4bf92f3577b34da6a3ce929d0e0e4799"
+    headers = {"traceparent": f"00-{trace}-{CLIENT_SPAN}-01"}
+    assert http.post(CHAT, json={"messages": [], "prompt": "Hi"}, headers=headers).status_code == 400
+    found = spans(collector, trace, {"borg.request"})
+    assert found.keys() == {"borg.request"}
+    assert found["borg.request"].attributes["borg.outcome"] == "invalid"
+    assert found["borg.request"].attributes["http.response.status_code"] == 400

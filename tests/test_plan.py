@@ -1,0 +1,194 @@
+"""The estimate against what was measured, and its arithmetic."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from borg_serve import cli
+from borg_serve.config import load
+from borg_serve.errors import ConfigError
+from borg_serve.plan import GPUS, IDENTITY_TOKENS, Plan, Workload, document, notes, plan, speed, text
+
+H100 = GPUS["h100"]
+CONFIGS = Path(__file__).parent.parent / "configs"
+ENGINE = load(CONFIGS / "7b-h100.yaml").engine
+FP8 = load(CONFIGS / "7b-h100-fp8.yaml").engine
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "h100-served.md"
+
+OFFLINE = Workload(new_tokens=100, output_tokens=128)
+PREFIX = 2048
+OWN = 100 + 128 // 2
+"""Tokens of its own that a request holds halfway through its answer."""
+
+
+@pytest.mark.parametrize(("users", "measured"), [(64, 6_908), (256, 13_838)])
+def test_plan_gives_the_served_tokens_within_5_percent(users: int, measured: int) -> None:
+    assert f"{measured:,}" in RESULTS.read_text(encoding="utf-8")
+    context = IDENTITY_TOKENS + 120 + 64
+    assert speed(H100, users, context, ENGINE).tokens_s == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("users", "engine", "shared", "measured"),
+    [
+        (64, ENGINE, True, 9_750),
+        (256, ENGINE, True, 12_400),
+        (64, ENGINE, False, 2_110),
+        (256, ENGINE, False, 2_240),
+        (256, FP8, True, 17_240),
+    ],
+)
+def test_plan_is_within_30_percent_of_the_offline_engine(
+    users: int, engine: dict[str, object], shared: bool, measured: int
+) -> None:
+    # One model for both: an offline engine has no HTTP beside it and takes all prompts at once.
+    found = speed(H100, users, PREFIX + OWN, engine, 1, OFFLINE, shared=shared, identity_tokens=PREFIX)
+    assert found.tokens_s == pytest.approx(measured, rel=0.3)
+
+
+def test_plan_reads_the_weights_at_the_measured_bandwidth() -> None:
+    assert speed(H100, 1, 3_000, ENGINE).weights_ms == pytest.approx(4.7, abs=0.05)
+    assert speed(H100, 1, 3_000, FP8).weights_ms == pytest.approx(2.35, abs=0.05)
+
+
+def test_plan_reads_the_shared_identity_as_fast_as_the_kernel_did() -> None:
+    # One layer's attention with a shared prefix less the same without one, 28 layers, at 256 sequences.
+    found = speed(H100, 256, PREFIX + OWN, ENGINE, identity_tokens=PREFIX)
+    assert found.identity_ms == pytest.approx((190.9 - 51.4) * 28 / 1000, rel=0.05)
+    # Own tokens are read from memory: 256 sequences of 250 tokens at 3.0 TB/s.
+    assert speed(H100, 256, IDENTITY_TOKENS + 250, ENGINE).own_ms == pytest.approx(256 * 250 * 57_344 / 3.0e9, rel=0.01)
+
+
+def test_plan_of_few_users_is_one_replica_with_all_its_api_processes() -> None:
+    found = plan("h100", 100, 8_192, ENGINE, processes=4)
+    assert (found.replicas, found.tensor_parallel_size, found.api_processes) == (1, 1, 4)
+    assert found.weights_bytes / (1 << 30) == pytest.approx(14.2, abs=0.05)
+    assert found.kv_tokens == pytest.approx(1_000_000, rel=0.05), "what the profile says of itself"
+    assert found.tokens_s == pytest.approx(100 * found.tokens_s_a_user)
+    assert len(notes(found)) == 1
+
+
+def test_plan_of_many_users_spreads_them_evenly_and_tells_of_conversations() -> None:
+    found = plan("h100", 1_000, 8_192, ENGINE, processes=4)
+    assert found.replicas == -(-1_000 // found.users_a_replica) > 1
+    assert found.api_processes == 1, "Ray Serve runs one a replica"
+    said = " ".join(notes(found))
+    assert "x-session-id" in said
+    assert "while one is replaced" in said
+
+
+def test_plan_never_promises_more_than_the_api_processes_carry() -> None:
+    found = plan("h100", 2_560, 2_400, ENGINE, processes=4)
+    assert found.engine_tokens_s > 9_000
+    assert found.tokens_s == pytest.approx(9_000 * found.replicas)
+    assert any("API processes" in note for note in notes(found))
+
+
+def test_plan_is_bound_by_the_scheduler_or_by_memory() -> None:
+    short, long = plan("h100", 10, 2_400, ENGINE), plan("h100", 10, 32_768, ENGINE)
+    assert short.users_a_replica == ENGINE["max_num_seqs"] == 256 < short.users_by_memory
+    assert long.users_a_replica == long.users_by_memory == 1_035_488 // (32_768 - 2_128) == 33
+    assert "by engine.max_num_seqs" in text(short)
+    assert "by memory" in text(long)
+
+
+def test_plan_takes_the_tensor_parallelism_of_the_profile() -> None:
+    found = plan("h100", 10, 8_192, load(CONFIGS / "7b-tp2.yaml").engine)
+    assert found.tensor_parallel_size == 2
+    assert found.weights_bytes / (1 << 30) == pytest.approx(7.1, abs=0.05)
+    assert any("not been measured" in note for note in notes(found))
+
+
+def test_plan_takes_more_gpus_where_one_is_too_small() -> None:
+    alone = plan("l40s", 10, 8_192, ENGINE)
+    crowded = plan("l40s", 10, 8_192, {**ENGINE, "gpu_memory_utilization": 0.4})
+    assert (alone.tensor_parallel_size, crowded.tensor_parallel_size) == (1, 2)
+    assert crowded.kv_tokens > 8_192
+
+
+def test_plan_says_when_nothing_fits() -> None:
+    with pytest.raises(ConfigError, match=r"fits on no replica of up to 4 L40S.*Use a larger GPU"):
+        plan("l40s", 10, 8_192, {**ENGINE, "gpu_memory_utilization": 0.1})
+
+
+def test_plan_names_every_mistake_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan("h100", 0, 40_000, ENGINE)
+    assert [problem.where for problem in caught.value.problems] == ["--users", "--context"]
+    with pytest.raises(ConfigError, match="--context"):
+        plan("h100", 1, IDENTITY_TOKENS, ENGINE)
+    with pytest.raises(ConfigError, match="h100, h200, a100-80gb, l40s"):
+        plan("b200", 1, 8_192, ENGINE)
+
+
+def test_plan_ranks_gpus_by_what_limits_them() -> None:
+    found = {name: plan(name, 60, 8_192, ENGINE).tokens_s for name in GPUS}
+    assert found["h200"] > found["h100"] > found["a100-80gb"] > found["l40s"]
+
+
+@given(
+    st.sampled_from(sorted(GPUS)), st.integers(1, 20_000), st.integers(IDENTITY_TOKENS + 1, 32_768), st.integers(1, 8)
+)
+def test_plan_has_a_place_for_every_user(gpu: str, users: int, context: int, processes: int) -> None:
+    found = plan(gpu, users, context, ENGINE, processes)
+    assert (found.replicas - 1) * found.users_a_replica < users <= found.replicas * found.users_a_replica
+    assert found.users_a_replica * (context - IDENTITY_TOKENS) <= found.kv_tokens
+    assert 0 < found.tokens_s_unshared < found.tokens_s or found.tokens_s == pytest.approx(found.tokens_s_unshared)
+    assert found.speed.tokens_s == found.engine_tokens_s
+
+
+@given(st.integers(1, 255), st.integers(IDENTITY_TOKENS + 1, 32_000))
+def test_plan_s_speed_grows_with_users_and_falls_with_their_contexts(users: int, context: int) -> None:
+    here = speed(H100, users, context, ENGINE).tokens_s
+    assert speed(H100, users + 1, context, ENGINE).tokens_s > here
+    assert speed(H100, users, context + 500, ENGINE).tokens_s < here
+
+
+@pytest.fixture
+def two_replicas() -> Plan:
+    return plan("h100", 400, 4_096, ENGINE, 4)
+
+
+def test_plan_s_json_is_complete_and_says_that_it_is_an_estimate(two_replicas: Plan) -> None:
+    found = json.loads(json.dumps(document(two_replicas)))
+    assert found["estimate"] is True
+    assert found["replicas"] == 2
+    assert found["notes"] == notes(two_replicas)
+    assert found["speed"]["weights_ms"] == 4.7
+
+
+def test_plan_s_text_claims_two_digits_at_most(two_replicas: Plan) -> None:
+    lines = text(two_replicas).splitlines()
+    assert lines[0].startswith("estimate for 400 users")
+    (speeds,) = [line for line in lines if line.startswith("  output tokens/s")]
+    digits = speeds.partition("about ")[2].partition(" ")[0].replace(",", "")
+    assert len(digits.rstrip("0")) <= 2
+    assert "An estimate, not a measurement" in text(two_replicas)
+
+
+def test_plan_command_prints_the_same_as_text_and_as_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], two_replicas: Plan
+) -> None:
+    words = ["--gpu", "h100", "--users", "400", "--context", "4096", "--config", str(CONFIGS / "7b-h100.yaml")]
+    for options, expected in (([], text(two_replicas)), (["--json"], json.dumps(document(two_replicas), indent=2))):
+        monkeypatch.setattr(sys, "argv", ["borg-serve", "plan", *words, *options])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 0
+        assert capsys.readouterr() == (expected + "\n", "")
+
+
+def test_plan_command_explains_a_mistake_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--gpu", "abacus", "--users", "4", "--context", "4096", "--config", str(CONFIGS / "7b-h100.yaml")]
+    monkeypatch.setattr(sys, "argv", ["borg-serve", "plan", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out) == (2, "")
+    assert err == "--gpu: is not a GPU that is known here, got 'abacus'. Name one of h100, h200, a100-80gb, l40s.\n"

@@ -1,0 +1,71 @@
+"""The order in which replicas are tried, and what makes requests one conversation."""
+
+from statistics import mean
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from borg_serve.routing import conversation, order
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
+
+
+def test_conversation_is_the_same_for_every_turn() -> None:
+    first = conversation({"messages": turns("Hi")})
+    assert first == conversation({"messages": turns("Hi", "Hello", "More")})
+    assert first == conversation({"messages": [{"role": "system", "content": "Be brief."}, *turns("Hi")]})
+    assert first != conversation({"messages": turns("Ho")})
+
+
+@pytest.mark.parametrize("name", ["user", "safety_identifier", "prompt_cache_key"])
+def test_conversation_is_apart_for_another_client(name: str) -> None:
+    assert conversation({"messages": turns("Hi"), name: "a"}) != conversation({"messages": turns("Hi"), name: "b"})
+
+
+def test_conversation_reads_responses_and_parts() -> None:
+    assert conversation({"input": "Hi"}) == conversation({"messages": turns("Hi")})
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    assert conversation({"messages": parts}) is not None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"messages": []}, {"messages": "x" * 0}, {"messages": [1, None, {"role": "system"}]}, {"messages": None}],
+)
+def test_conversation_is_none_where_nothing_is_said(fields: dict[str, object]) -> None:
+    assert conversation(fields) is None
+
+
+def test_order_keeps_a_conversation_on_its_replica() -> None:
+    assert order(["a", "b", "c"], {"a": 3, "b": 0, "c": 0}, dict.fromkeys("abc", 16)) == ["a", "b", "c"]
+
+
+def test_order_goes_on_when_the_own_replica_is_full() -> None:
+    assert order(["a", "b", "c"], {"a": 16, "b": 2, "c": 0}, dict.fromkeys("abc", 16))[0] == "b"
+
+
+def test_order_spares_a_replica_that_has_much_more_than_the_others() -> None:
+    assert order(["a", "b"], {"a": 12, "b": 1}, dict.fromkeys("ab", 16)) == ["b", "a"]
+    assert order(["a", "b"], {"a": 12, "b": 11}, dict.fromkeys("ab", 16)) == ["a", "b"]
+
+
+def test_order_stays_where_every_replica_is_full() -> None:
+    assert order(["b", "a"], {"a": 16, "b": 20}, dict.fromkeys("ab", 16)) == ["b", "a"]
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6))
+def test_order_loses_no_replica(loads: list[int]) -> None:
+    names = [str(index) for index in range(len(loads))]
+    assert sorted(order(names, dict(zip(names, loads, strict=True)), dict.fromkeys(names, 16))) == names
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_order_balances_a_greeting_that_everybody_begins_with(replicas: int) -> None:
+    names = [str(index) for index in range(replicas)]
+    load = dict.fromkeys(names, 0)
+    for _ in range(200):
+        load[order(names, load, dict.fromkeys(names, 100))[0]] += 1
+    assert max(load.values()) / mean(load.values()) <= 1.25

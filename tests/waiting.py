@@ -1,0 +1,13 @@
+"""Waiting for what another process does: on a shared machine nothing is due at a certain second."""
+
+import time
+from collections.abc import Callable
+
+
+def wait_until(what: str, true: Callable[[], object], limit_s: float = 60.0) -> float:
+    """Wait until `true()`; the seconds it took. Fails naming `what`."""
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < limit_s, f"{what}: not within {limit_s:g} s"
+        time.sleep(0.1)
+    return time.monotonic() - began
