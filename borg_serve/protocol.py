@@ -9,12 +9,14 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-__all__ = ["ABORT", "HEAD_BYTES", "HEAD_S", "PIPELINED", "BoundedHttpProtocol"]
+__all__ = ["ABORT", "FIRST_S", "HEAD_BYTES", "HEAD_S", "PIPELINED", "BoundedHttpProtocol"]
 
 HEAD_BYTES = 32 * 1024
 """Request line and headers together; also what may come of a body's framing without a byte of the body."""
 HEAD_S = 10.0
 """From the connection, or from a request's first byte, to the end of its head."""
+FIRST_S = 1.0
+"""When the server ends, how long a connection that has asked nothing yet may take to ask, and be told."""
 PIPELINED = 16
 """Requests that may wait behind the one being answered; one read could hold ten thousand."""
 ABORT = "borg_serve.abort"
@@ -29,6 +31,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _in_head = True
     _begun = False
     _deaf = False
+    _ending = False
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -80,6 +83,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._hang_up()
             return
         super().on_headers_complete()
+        if self._ending:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._framing_bytes = 0
@@ -88,6 +93,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "Bad Request", "The request is not valid HTTP.")
+
+    def shutdown(self) -> None:
+        self._ending = True
+        if self.cycle is None:
+            # Its first request may be on its way already: closed now, the connection is reset, and nobody is told why.
+            self.loop.call_later(FIRST_S, self._close_unasked)
+        else:
+            super().shutdown()
+
+    def _close_unasked(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
 
     def _expect_head(self) -> None:
         self._in_head, self._head_bytes = True, 0

@@ -10,7 +10,7 @@ import struct
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,6 +70,8 @@ class Door:
 
     port: int
     gate: Gate
+    stop: Callable[[], None]
+    """Tell the server to end."""
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
@@ -166,10 +168,16 @@ def serving(settings: Settings = SETTINGS, opened: bool = True) -> Iterator[Door
     thread = threading.Thread(target=lambda: uvloop.run(serve()))
     thread.start()
     assert started.wait(10)
+
+    def end() -> None:
+        with suppress(RuntimeError):  # its loop has ended
+            loops[0].call_soon_threadsafe(stop.set)
+
+    door = Door(sock.getsockname()[1], application, end)
     try:
-        yield Door(sock.getsockname()[1], application)
+        yield door
     finally:
-        loops[0].call_soon_threadsafe(stop.set)
+        door.stop()
         thread.join(20)
         assert not thread.is_alive()
 
@@ -594,3 +602,13 @@ def test_raw_server_that_is_not_ready_says_so_without_a_trace() -> None:
         ((status, document),) = door.say(get(b"/ready"))
         assert (status, document["status"]) == (503, "starting")
         assert door.alive()
+
+
+def test_raw_server_that_ends_answers_who_has_just_connected() -> None:
+    with serving() as door, door.connect() as late, door.connect() as silent:
+        assert door.alive()  # so the two before it have been accepted as well
+        door.stop()
+        time.sleep(0.5)  # longer than uvicorn takes to notice
+        late.sendall(post())
+        assert statuses(answers(everything(late))) == [200]
+        assert everything(silent) == b""
