@@ -22,6 +22,7 @@ from borg_serve.errors import BorgServeError, ConfigError, Problem
 from loadtests import page
 from loadtests.records import Record, read, write_csv
 from loadtests.scrape import Scraper
+from loadtests.servers import free_port
 from loadtests.slo import load
 from loadtests.summary import document
 
@@ -56,13 +57,17 @@ def generate(
     for name in ("run.json", "records.jsonl"):
         (out / name).unlink(missing_ok=True)
     file = PROFILES / f"{profile}.py"
-    words = [sys.executable, "-m", "locust", "-f", str(file), "--records", str(out), *arguments]
+    # Its processes meet on a port of this run alone: on Locust's own, those of two runs would find each other.
+    port = str(free_port())
+    meeting = ["--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--master-port", port]
+    words = [sys.executable, "-m", "locust", "-f", str(file), "--records", str(out), *meeting, *arguments]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL if quiet else None)
+    family: set[psutil.Process] = set()
     spent: dict[int, float] = {}
     try:
         while process.poll() is None:
             with suppress(psutil.NoSuchProcess):
-                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+                family |= {psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)}
                 for member in family:
                     with suppress(psutil.NoSuchProcess):
                         times = member.cpu_times()
@@ -75,6 +80,9 @@ def generate(
         if process.poll() is None:
             process.terminate()
             process.wait()
+        for member in family:  # workers whose master ended first wait for it for ever
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
     if not (out / "run.json").is_file():
         what, cure = "made no run", "What it said is above."
         raise ConfigError([Problem(f"locust -f {file.name}", what, f"status {process.returncode}", cure)])
