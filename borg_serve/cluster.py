@@ -98,11 +98,17 @@ def compose(config: Config, replica: "type[BorgServer]") -> Application:
     return server._with_ingress_request_router(router)
 
 
-def serve_config(config: Config, model: str, deployment: dict[str, Any], chat_template: str | None = None) -> LLMConfig:
+def serve_config(
+    config: Config,
+    model: str,
+    deployment: dict[str, Any],
+    chat_template: str | None = None,
+    prefix_tokens: int | None = None,
+) -> LLMConfig:
     """Ray's form of a profile. `model`: a directory or hub id. `deployment`: Serve's options, which a replica does not
-    need; the template is known in the replica only.
+    need; the template and what it begins with are known in the replica only.
     """
-    arguments = engine.arguments(config, model, chat_template or "")
+    arguments = engine.arguments(config, model, chat_template or "", prefix_tokens)
     kwargs = {name: value for name, value in arguments.items() if name not in OWN and value is not None}
     if chat_template is not None:
         kwargs["chat_template"] = chat_template
@@ -215,7 +221,8 @@ class BorgServer(LLMServer):
         self._prepared, self._shared = prepared, Shared.of(1)
         self._shared.pids[0] = os.getpid()
         engine.prepare_eager(bool(config.engine.get("enforce_eager")))
-        full = serve_config(config, str(prepared.directory), {}, prepared.chat_template)
+        tokens = len(prepared.prefix.token_ids)
+        full = serve_config(config, str(prepared.directory), {}, prepared.chat_template, tokens)
         self._engine = BorgEngine(full, prepared, self._shared)
         await super().__init__(full, engine_cls=cast(Any, lambda _: self._engine))
         if self._engine.client is None:

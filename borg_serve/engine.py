@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from uuid import uuid4
 
+from borg_serve import backend
 from borg_serve.config import Config, Probe
 from borg_serve.errors import EngineError, Problem
 from borg_serve.identity import TokenPrefix, encode
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "arguments",
+    "attention",
     "command_line",
     "device",
     "field_problems",
@@ -109,12 +111,16 @@ def vllm_version() -> str:
 # ---------------------------------------------------------------------------------------------- arguments
 
 
-def arguments(config: Config, model: str, chat_template: str) -> dict[str, Any]:
-    """vLLM's server arguments for a profile, by vLLM's names. Pure: nothing is read or started.
+def arguments(config: Config, model: str, chat_template: str, prefix_tokens: int | None = None) -> dict[str, Any]:
+    """vLLM's server arguments for a profile, by vLLM's names. Nothing is started.
 
-    `model` is the checkpoint's directory, `chat_template` the wrapped template's text.
+    `model` is the checkpoint's directory, `chat_template` the wrapped template's text. `prefix_tokens`: how many tokens
+    every prompt begins with, None where that is not known yet; the attention is then left to vLLM. Raises EngineError
+    if the attention asked for cannot be had.
     """
     engine = dict(config.engine)
+    if prefix_tokens is not None:
+        engine |= backend.arguments(config, attention(config, prefix_tokens), prefix_tokens)
     if engine.get("block_size", "auto") == "auto":
         engine["block_size"] = SMALLEST_BLOCK[device()]
     return {
@@ -133,6 +139,22 @@ def arguments(config: Config, model: str, chat_template: str) -> dict[str, Any]:
         "allowed_origins": [],
         "disable_fastapi_docs": True,
     }
+
+
+def attention(config: Config, prefix_tokens: int) -> backend.Choice:
+    """The attention that this machine's engine gets."""
+    return backend.choose(config, prefix_tokens, device(), _capability())
+
+
+@cache
+def _capability() -> int | None:
+    """Major compute capability of this machine's GPU, None without one. Asked of the driver: CUDA is not started."""
+    if device() == "cpu":
+        return None
+    from vllm.platforms import current_platform
+
+    found = current_platform.get_device_capability()
+    return None if found is None else int(found.major)
 
 
 def command_line(args: Mapping[str, Any]) -> list[str]:

@@ -1,24 +1,52 @@
-"""What vLLM loads into each of its own processes (a general plugin): an engine ends with the server it belongs to.
+"""What vLLM loads into each of its own processes (a general plugin): an engine that knows its prompts begin alike.
 
-vLLM's engine does not notice that its parent was killed, and would keep its memory, on a GPU all of it, until somebody
-looks. It does not know vLLM.
+It makes the shared-prefix attention known by name, keeps the prefix's block hashes, and ends an engine with the server
+it belongs to: vLLM's does not notice that its parent was killed, and would keep its memory, on a GPU all of it. It
+does not know which prefix.
 """
 
 import multiprocessing
 import os
+import sys
 import threading
 import time
+from functools import cache
+from typing import Any
 
-__all__ = ["register"]
+from borg_serve import hashes
+from borg_serve.errors import EngineError
+
+__all__ = ["register", "remember_hashes"]
 
 LOOK_S = 1.0
+CORE = "vllm.v1.engine.core"
+"""The module that makes the engine's block hasher; in the engine's process it is there before its plugins."""
 
 
+@cache
 def register() -> None:
-    """Watch the parent of a process that was started by vLLM; do nothing in any other."""
+    """Called by vLLM in every process of its own, more than once in some."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CUSTOM, "borg_serve.attention.SharedPrefixBackend")
     parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid is not None:
-        threading.Thread(target=_end_with, args=(parent.pid,), name="end-with-parent", daemon=True).start()
+    if parent is None or parent.pid is None:
+        return
+    if CORE in sys.modules:
+        remember_hashes(sys.modules[CORE])
+    threading.Thread(target=_end_with, args=(parent.pid,), name="end-with-parent", daemon=True).start()
+
+
+def remember_hashes(core: Any) -> None:
+    """Make the engine's hasher remember the prefix. Raises EngineError if vLLM moved its maker."""
+    make = getattr(core, "get_request_block_hasher", None)
+    if not callable(make):
+        raise EngineError(f"plugin: vLLM moved get_request_block_hasher, got none in {CORE}. Use the pinned vLLM.")
+
+    def remembering(block_size: int, *args: Any) -> hashes.Hasher:
+        return hashes.remembering(make(block_size, *args), block_size)
+
+    core.get_request_block_hasher = remembering
 
 
 def _end_with(parent: int) -> None:

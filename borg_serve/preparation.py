@@ -89,7 +89,7 @@ def prepare(config: Config, progress: Callable[[int, int], None] | None = None) 
         vocab_size=int(json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"]),
         warm_up_ids=encode(WARM_UP),
         probe_ids=encode(question),
-        args=engine.namespace(engine.arguments(config, str(directory), chat_template)),
+        args=engine.namespace(engine.arguments(config, str(directory), chat_template, len(prefix.token_ids))),
     )
 
 

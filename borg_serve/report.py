@@ -48,21 +48,24 @@ def effective(config: Config) -> dict[str, Any]:
         "server": config.server.model_dump(mode="json"),
         "limits": config.limits.model_dump(mode="json"),
         "cluster": config.cluster.model_dump(mode="json"),
-        "vllm": engine.arguments(config, model, "<the checkpoint's own template behind the identity>"),
+        "memory": None,
     }
+    tokens = None
+    if not is_hub_id(model) and directory.is_dir():
+        tokenizer = preparation.load_tokenizer(directory)
+        wrapped = template.wrap(template.stock_template(directory), text)
+        prefix = identity.token_prefix(partial(template.render, tokenizer, wrapped), tokenizer, text)
+        document["identity"]["tokens"] = tokens = len(prefix.token_ids)
+        document["identity"]["attention"] = "{0.name}: {0.reason}".format(engine.attention(config, tokens))
+    document["vllm"] = engine.arguments(config, model, "<the checkpoint's own template behind the identity>", tokens)
     document["vllm_command"] = shlex.join(["vllm", "serve", *engine.command_line(document["vllm"])])
-    document["memory"] = None
-    if is_hub_id(model) or not directory.is_dir():
+    if tokens is None:
         document["note"] = f"No memory plan: the checkpoint {model} is not on this machine."
         return document
-    tokenizer = preparation.load_tokenizer(directory)
-    wrapped = template.wrap(template.stock_template(directory), text)
-    prefix = identity.token_prefix(partial(template.render, tokenizer, wrapped), tokenizer, text)
-    document["identity"]["tokens"] = len(prefix.token_ids)
     if config.model.load_format == "dummy":
         document["note"] = "No memory plan: random weights have no files to measure."
         return document
-    document["memory"] = _memory(config, directory, document["vllm"]["block_size"], len(prefix.token_ids))
+    document["memory"] = _memory(config, directory, document["vllm"]["block_size"], tokens)
     return document
 
 

@@ -1,0 +1,320 @@
+"""Attention that reads the identity's KV once for all rows of a step, inside full CUDA graphs: a backend for vLLM.
+
+vLLM's FlashAttention 3 in two passes: all tokens against the shared blocks as one sequence, then each row against what
+is its own, then a merge by log-sum-exp. Rows that do not share go through the second pass whole. It knows vLLM's
+FlashAttention backend and how many tokens are shared; not which, nor what they say. docs/attention.md has a drawing.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
+
+import torch
+from vllm.config import VllmConfig
+from vllm.platforms.interface import DeviceCapability
+from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import cdiv
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quantized_kv_cache
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends import fa_utils
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from borg_serve import rows
+from borg_serve.backend import PREFIX_OPTION
+from borg_serve.errors import EngineError
+
+__all__ = ["SharedPrefixBackend", "SharedPrefixBuilder", "SharedPrefixImpl", "prefix_tokens"]
+
+MIN_ROWS = 32
+"""With fewer rows in a step, one pass is as fast as two: measured on an H100, docs/results/h100.md."""
+FA_VERSION = 3
+
+
+def prefix_tokens(config: VllmConfig) -> int:
+    """Tokens of the shared prefix. Raises EngineError if the server that set vLLM up did not promise one."""
+    found = cast(dict[str, Any], config.additional_config or {}).get(PREFIX_OPTION)
+    if not isinstance(found, int) or found < 1:
+        cure = "Start it with `borg-serve serve`, or set identity.attention: stock."
+        raise EngineError(f"attention: shares a prefix only behind the guard, got {PREFIX_OPTION}={found!r}. {cure}")
+    return found
+
+
+class SharedPrefixBackend(FlashAttentionBackend):
+    """FlashAttention 3 with a shared prefix. Registered by `plugin` as vLLM's CUSTOM backend."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type["SharedPrefixImpl"]:
+        return SharedPrefixImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["SharedPrefixBuilder"]:
+        return SharedPrefixBuilder
+
+    @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
+        return capability.major == 9
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return bool(attn_type == AttentionType.DECODER)
+
+
+@dataclass
+class SharedPrefixMetadata(FlashAttentionMetadata):
+    """Of a step in two passes. The fields that are vLLM's describe the second one: each row's own tokens."""
+
+    prefix: "Prefix | None" = None
+
+
+@dataclass
+class Prefix:
+    """The first pass: T tokens as one sequence against the shared blocks."""
+
+    span: torch.Tensor
+    """[2] int32: 0, T."""
+    lens: torch.Tensor
+    """[1] int32: tokens in the shared blocks."""
+    tokens: int
+    block_table: torch.Tensor
+    """[1, shared blocks] int32."""
+    shared: torch.Tensor
+    """[T] bool: the tokens that this pass is for."""
+    schedule: torch.Tensor | None
+    """FlashAttention's work list, the same for every step with T tokens."""
+
+
+class SharedPrefixBuilder(FlashAttentionMetadataBuilder):
+    """Splits each step's rows on the device, into buffers that CUDA graphs may read."""
+
+    supports_update_block_table: ClassVar[bool] = False
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.prefix_blocks = prefix_tokens(vllm_config) // self.block_size
+        """The identity's full blocks; none if it is shorter than one, and then every step is in one pass."""
+        scheduler = vllm_config.scheduler_config
+        reqs = max(scheduler.max_num_seqs, self.max_cudagraph_size or 0)
+        columns = cdiv(vllm_config.model_config.max_model_len, self.block_size) + 1
+        self._lens = torch.zeros(reqs, dtype=torch.int32, device=device)
+        self._block_table = torch.zeros(reqs, columns, dtype=torch.int32, device=device)
+        self._shared = torch.zeros(
+            max(scheduler.max_num_batched_tokens, self.max_cudagraph_size or 0), dtype=torch.bool, device=device
+        )
+        self._prefix_table = torch.zeros(1, max(1, self.prefix_blocks), dtype=torch.int32, device=device)
+        self._prefix_lens = torch.tensor([self.prefix_blocks * self.block_size], dtype=torch.int32, device=device)
+        self._spans: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> FlashAttentionMetadata:
+        """One step's metadata; its shape depends only on the padded numbers of rows and tokens, as graphs need it."""
+        common = common_attn_metadata
+        if not self.prefix_blocks or common.num_reqs < MIN_ROWS or common.causal is not True:
+            return super().build(0, common, fast_build)
+        count, tokens = common.num_reqs, common.num_actual_tokens
+        columns = min(cdiv(common.max_seq_len, self.block_size), self._block_table.shape[1])
+        found = rows.split(
+            common.block_table_tensor[:count],
+            common.seq_lens[:count],
+            common.query_start_loc[: count + 1],
+            self.prefix_blocks,
+            self.block_size,
+            columns,
+        )
+        self._lens[:count] = found.lens
+        self._block_table[:count, :columns] = found.block_table
+        self._prefix_table.copy_(found.prefix_blocks)
+        if common.max_query_len == 1 and tokens == count:
+            self._shared[:tokens] = found.shared
+        else:
+            self._shared[:tokens] = rows.shared_tokens(found.shared, common.query_start_loc[: count + 1], tokens)
+        own = super().build(
+            0,
+            replace(common, seq_lens=self._lens[:count], block_table_tensor=self._block_table[:count]),
+            fast_build,
+        )
+        span, schedule = self._span(tokens)
+        prefix = Prefix(span, self._prefix_lens, tokens, self._prefix_table, self._shared[:tokens], schedule)
+        return SharedPrefixMetadata(**vars(own), prefix=prefix)
+
+    def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+    def _span(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the first pass over so many tokens needs. Kept for ever where a CUDA graph may have its address."""
+        if (kept := self._spans.get(tokens)) is not None:
+            return kept
+        span = torch.tensor([0, tokens], dtype=torch.int32, device=self.device)
+        made = (
+            span,
+            self._get_scheduler_metadata(
+                aot_schedule=self.aot_schedule,
+                batch_size=1,
+                cu_query_lens=span,
+                max_query_len=tokens,
+                seqlens=self._prefix_lens,
+                max_seq_len=self.prefix_blocks * self.block_size,
+                causal=False,
+                max_num_splits=0,
+            ),
+        )
+        if tokens <= (self.max_cudagraph_size or 0):
+            self._spans[tokens] = made
+        return made
+
+
+class SharedPrefixImpl(FlashAttentionImpl):
+    """One layer's attention, in the passes that the step's metadata describes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        odd = {
+            "sliding window": self.sliding_window != (-1, -1),
+            "ALiBi": self.alibi_slopes is not None,
+            "attention sinks": self.sinks is not None,
+            f"FlashAttention {self.vllm_flash_attn_version}": self.vllm_flash_attn_version != FA_VERSION,
+            "context parallelism": self.dcp_world_size > 1,
+        }
+        if any(odd.values()):
+            what = ", ".join(name for name, is_so in odd.items() if is_so)
+            raise EngineError(f"attention: cannot share a prefix, got {what}. Set identity.attention: stock.")
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: FlashAttentionMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Shapes are those of FlashAttentionImpl.forward."""
+        prefix = attn_metadata.prefix if isinstance(attn_metadata, SharedPrefixMetadata) else None
+        if prefix is None or output_scale is not None or output_block_scale is not None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        tokens = attn_metadata.num_actual_tokens
+        query, output = query[:tokens], output[:tokens]
+        cache = [
+            canonicalize_singleton_dim_strides(half) for half in kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        ]
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            cache = [half.view(torch.float8_e4m3fn) for half in cache]
+
+        def attend(rows: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            scales = (rows, self.num_kv_heads)
+            result: tuple[torch.Tensor, torch.Tensor] = fa_utils.flash_attn_varlen_func(
+                q=query,
+                k=cache[0],
+                v=cache[1],
+                softmax_scale=self.scale,
+                softcap=self.logits_soft_cap,
+                return_softmax_lse=True,
+                fa_version=FA_VERSION,
+                q_descale=layer._q_scale.expand(scales) if self.supports_quant_query_input else None,
+                k_descale=layer._k_scale.expand(scales),
+                v_descale=layer._v_scale.expand(scales),
+                **more,
+            )
+            return result
+
+        prefix_out, prefix_lse = attend(
+            1,
+            cu_seqlens_q=prefix.span,
+            max_seqlen_q=prefix.tokens,
+            seqused_k=prefix.lens,
+            max_seqlen_k=prefix.block_table.shape[1] * cache[0].shape[1],
+            block_table=prefix.block_table,
+            causal=False,
+            scheduler_metadata=prefix.schedule,
+        )
+        _, own_lse = attend(
+            attn_metadata.query_start_loc.shape[0] - 1,
+            out=output,
+            cu_seqlens_q=attn_metadata.query_start_loc,
+            max_seqlen_q=attn_metadata.max_query_len,
+            seqused_k=attn_metadata.seq_lens,
+            max_seqlen_k=attn_metadata.max_seq_len,
+            block_table=attn_metadata.block_table,
+            causal=True,
+            scheduler_metadata=attn_metadata.scheduler_metadata,
+            num_splits=attn_metadata.max_num_splits,
+        )
+        merge(output, own_lse, prefix_out, prefix_lse, prefix.shared)
+        return output
+
+
+def merge(
+    output: torch.Tensor, own_lse: torch.Tensor, prefix: torch.Tensor, prefix_lse: torch.Tensor, shared: torch.Tensor
+) -> None:
+    """Merge the first pass into `output`, in place, for the tokens that share (`rows.merge` is the reference).
+
+    `output`, `prefix` [T, heads, head size]; log-sum-exps [heads, T] float32, contiguous; `shared` [T] bool.
+    """
+    tokens, heads, size = prefix.shape
+    _merge_kernel[(tokens,)](
+        output,
+        own_lse,
+        prefix,
+        prefix_lse,
+        shared,
+        output.stride(0),
+        output.stride(1),
+        own_lse.stride(0),
+        prefix_lse.stride(0),
+        HEADS=heads,
+        SIZE=size,
+        HEADS_2=triton.next_power_of_2(heads),
+        SIZE_2=triton.next_power_of_2(size),
+    )
+
+
+@triton.jit
+def _merge_kernel(  # type: ignore[no-untyped-def]  # pragma: no cover  (runs on the device)
+    output,
+    own_lse,
+    prefix,
+    prefix_lse,
+    shared,
+    output_token_stride,
+    output_head_stride,
+    own_lse_stride,
+    prefix_lse_stride,
+    HEADS: tl.constexpr,  # noqa: N803
+    SIZE: tl.constexpr,  # noqa: N803
+    HEADS_2: tl.constexpr,  # noqa: N803
+    SIZE_2: tl.constexpr,  # noqa: N803
+):
+    token = tl.program_id(0).to(tl.int64)
+    if tl.load(shared + token) == 0:
+        return
+    head = tl.arange(0, HEADS_2)
+    column = tl.arange(0, SIZE_2)
+    inside = head < HEADS
+    mask = inside[:, None] & (column < SIZE)[None, :]
+    first = tl.load(prefix_lse + head * prefix_lse_stride + token, mask=inside, other=0.0)
+    second = tl.load(own_lse + head * own_lse_stride + token, mask=inside, other=0.0)
+    top = tl.maximum(first, second)
+    first = tl.exp(first - top)
+    second = tl.exp(second - top)
+    total = first + second
+    where = output + token * output_token_stride + head[:, None] * output_head_stride + column[None, :]
+    part = prefix + token * HEADS * SIZE + head[:, None] * SIZE + column[None, :]
+    merged = tl.load(part, mask=mask, other=0.0).to(tl.float32) * (first / total)[:, None]
+    merged += tl.load(where, mask=mask, other=0.0).to(tl.float32) * (second / total)[:, None]
+    tl.store(where, merged.to(output.dtype.element_ty), mask=mask)

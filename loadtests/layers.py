@@ -1,0 +1,82 @@
+"""One layer's decode attention on a GPU, stock against shared, inside CUDA graphs: microseconds by batch.
+
+`python -m loadtests.layers MODEL --batches 32 64 256`. The backends are those that serve; only the model around them
+is left out. Several layers a graph, so that no cache is warm from the layer before.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+LAYERS = 8
+
+
+def microseconds(work: Callable[[], Any], repeats: int = 30) -> float:
+    """Median time of a captured graph."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return median(times)
+
+
+def main() -> None:
+    """A line of JSON each batch."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a directory with config.json and tokenizer")
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128, 256, 512])
+    parser.add_argument("--prefix", type=int, default=2048)
+    parser.add_argument("--own", type=int, default=164, help="tokens of each row's own")
+    parser.add_argument("--block", type=int, default=16)
+    parser.add_argument("--fp8", action="store_true", help="FP8 queries and KV cache")
+    arguments = parser.parse_args()
+    import torch
+
+    from borg_serve import attention
+    from tests.gpu.steps import Backend, Shape, Step, step
+
+    attention.MIN_ROWS = 1
+    shape = Shape(prefix=arguments.prefix, block=arguments.block, fp8=arguments.fp8)
+    config = shape.config(arguments.model)
+    backends = {"stock": Backend(shape, config, False), "shared": Backend(shape, config, True)}
+    for batch in arguments.batches:
+        given = step(shape, ["shared"] * batch, batch, arguments.own, exact=True)
+        layers = [given] + [Step(given.query, given.cache.clone(), given.common, given.lens) for _ in range(LAYERS - 1)]
+        row: dict[str, Any] = {"batch": batch, "block": shape.block, "fp8": shape.fp8, "own": arguments.own}
+        output = torch.empty(given.query.shape, dtype=torch.bfloat16, device="cuda")
+        for name, each in backends.items():
+            metadata = each.build(given.common)
+
+            def work(each: Backend = each, metadata: Any = metadata) -> None:
+                for layer in layers:
+                    each.forward(layer, metadata, output)
+
+            row[f"{name}_us"] = round(microseconds(work) / LAYERS, 1)
+        bare = step(replace(shape, prefix=0), ["shared"] * batch, batch, arguments.own, exact=True)
+        bares = [bare] + [Step(bare.query, bare.cache.clone(), bare.common, bare.lens) for _ in range(LAYERS - 1)]
+        metadata = backends["stock"].build(bare.common)
+        row["no_prefix_us"] = round(
+            microseconds(lambda: [backends["stock"].forward(layer, metadata, output) for layer in bares]) / LAYERS, 1
+        )
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
