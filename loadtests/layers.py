@@ -56,26 +56,20 @@ def main() -> None:
     shape = Shape(prefix=arguments.prefix, block=arguments.block, fp8=arguments.fp8)
     config = shape.config(arguments.model)
     backends = {"stock": Backend(shape, config, False), "shared": Backend(shape, config, True)}
+
+    def timed(each: Backend, given: Step) -> float:
+        """Microseconds a layer."""
+        layers = [given] + [Step(given.query, given.cache.clone(), given.common, given.lens) for _ in range(LAYERS - 1)]
+        output = torch.empty(given.query.shape, dtype=torch.bfloat16, device="cuda")
+        metadata = each.build(given.common)
+        return round(microseconds(lambda: [each.forward(layer, metadata, output) for layer in layers]) / LAYERS, 1)
+
     for batch in arguments.batches:
         given = step(shape, ["shared"] * batch, batch, arguments.own, exact=True)
-        layers = [given] + [Step(given.query, given.cache.clone(), given.common, given.lens) for _ in range(LAYERS - 1)]
-        row: dict[str, Any] = {"batch": batch, "block": shape.block, "fp8": shape.fp8, "own": arguments.own}
-        output = torch.empty(given.query.shape, dtype=torch.bfloat16, device="cuda")
-        for name, each in backends.items():
-            metadata = each.build(given.common)
-
-            def work(each: Backend = each, metadata: Any = metadata) -> None:
-                for layer in layers:
-                    each.forward(layer, metadata, output)
-
-            row[f"{name}_us"] = round(microseconds(work) / LAYERS, 1)
         bare = step(replace(shape, prefix=0), ["shared"] * batch, batch, arguments.own, exact=True)
-        bares = [bare] + [Step(bare.query, bare.cache.clone(), bare.common, bare.lens) for _ in range(LAYERS - 1)]
-        metadata = backends["stock"].build(bare.common)
-        row["no_prefix_us"] = round(
-            microseconds(lambda: [backends["stock"].forward(layer, metadata, output) for layer in bares]) / LAYERS, 1
-        )
-        print(json.dumps(row), flush=True)
+        row = {"batch": batch, "block": shape.block, "fp8": shape.fp8, "own": arguments.own}
+        row |= {f"{name}_us": timed(each, given) for name, each in backends.items()}
+        print(json.dumps(row | {"no_prefix_us": timed(backends["stock"], bare)}), flush=True)
 
 
 if __name__ == "__main__":
