@@ -6,6 +6,7 @@ FlashAttention backend and how many tokens are shared; not which, nor what they 
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
@@ -33,6 +34,11 @@ __all__ = ["SharedPrefixBackend", "SharedPrefixBuilder", "SharedPrefixImpl", "pr
 MIN_ROWS = 32
 """With fewer rows in a step, one pass is as fast as two: measured on an H100, docs/results/h100.md."""
 FA_VERSION = 3
+OWN_SPLITS = 1
+"""Into how many parts the second pass may cut a row. What is a row's own is short, and there are many rows: one part
+fills the GPU, and saves the pass that would join the parts."""
+OVERLAP = False
+"""Whether the two passes run beside each other, on two streams."""
 
 
 def prefix_tokens(config: VllmConfig) -> int:
@@ -139,6 +145,7 @@ class SharedPrefixBuilder(FlashAttentionMetadataBuilder):
             self._shared[:tokens] = found.shared
         else:
             self._shared[:tokens] = rows.shared_tokens(found.shared, common.query_start_loc[: count + 1], tokens)
+        self.max_num_splits = OWN_SPLITS
         own = super().build(
             0,
             replace(common, seq_lens=self._lens[:count], block_table_tensor=self._block_table[:count]),
@@ -155,7 +162,7 @@ class SharedPrefixBuilder(FlashAttentionMetadataBuilder):
         """What the first pass over so many tokens needs. Kept for ever where a CUDA graph may have its address."""
         if (kept := self._spans.get(tokens)) is not None:
             return kept
-        span = torch.tensor([0, tokens], dtype=torch.int32, device=self.device)
+        span = torch.arange(2, dtype=torch.int32, device=self.device) * tokens  # torch.tensor would wait for the GPU
         made = (
             span,
             self._get_scheduler_metadata(
@@ -233,16 +240,22 @@ class SharedPrefixImpl(FlashAttentionImpl):
             )
             return result
 
-        prefix_out, prefix_lse = attend(
-            1,
-            cu_seqlens_q=prefix.span,
-            max_seqlen_q=prefix.tokens,
-            seqused_k=prefix.lens,
-            max_seqlen_k=prefix.block_table.shape[1] * cache[0].shape[1],
-            block_table=prefix.block_table,
-            causal=False,
-            scheduler_metadata=prefix.schedule,
-        )
+        overlap = OVERLAP and torch.cuda.is_current_stream_capturing()
+        main = torch.cuda.current_stream()
+        side = _side_stream() if overlap else main
+        if overlap:
+            side.wait_stream(main)
+        with torch.cuda.stream(side):
+            prefix_out, prefix_lse = attend(
+                1,
+                cu_seqlens_q=prefix.span,
+                max_seqlen_q=prefix.tokens,
+                seqused_k=prefix.lens,
+                max_seqlen_k=prefix.block_table.shape[1] * cache[0].shape[1],
+                block_table=prefix.block_table,
+                causal=False,
+                scheduler_metadata=prefix.schedule,
+            )
         _, own_lse = attend(
             attn_metadata.query_start_loc.shape[0] - 1,
             out=output,
@@ -255,8 +268,15 @@ class SharedPrefixImpl(FlashAttentionImpl):
             scheduler_metadata=attn_metadata.scheduler_metadata,
             num_splits=attn_metadata.max_num_splits,
         )
+        if overlap:
+            main.wait_stream(side)
         merge(output, own_lse, prefix_out, prefix_lse, prefix.shared)
         return output
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
 
 
 def merge(

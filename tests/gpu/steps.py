@@ -39,6 +39,7 @@ class Shape:
             dtype="bfloat16",
             max_model_len=max_len,
             max_num_seqs=512,
+            max_num_batched_tokens=16384,
             block_size=self.block,
             kv_cache_dtype="fp8" if self.fp8 else "auto",
             additional_config={PREFIX_OPTION: self.prefix},
