@@ -19,20 +19,22 @@ from loadtests import servers
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # Ray makes every look at a server a line
 
-__all__ = ["EQUAL", "application", "direct", "family", "ports", "running"]
+__all__ = ["ALIKE", "application", "direct", "family", "ports", "running"]
 
 MARK = "BORG_LOADTEST_CLUSTER"
 FIRST_PORT = 34000
 """Replicas listen from here on."""
 READY_S = 600.0
-EQUAL = {"RAY_worker_niceness": "0"}
-"""Ray's own niceness of 15 starves replicas where clients share the machine."""
+ALIKE = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+"""As `make cluster-demo` has it. Ray's own niceness of 15 starves replicas where clients share the machine."""
+ROOM = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 8}'}
+"""Logical ones: four replicas ask for more than two, and so does Ray's own app."""
 
 
 def application(replicas: int, changes: dict[str, Any] | None = None, **deployment: Any) -> dict[str, Any]:
     """The demo's application with so many replicas, changes to its profile, and options of Serve for its deployment."""
     found: dict[str, Any] = yaml.safe_load(Path("deploy/demo-cpu.yaml").read_text())["applications"][0]
-    found["args"]["set"] |= {"cluster.replicas": replicas, "cluster.cpus": 0.25, **(changes or {})}
+    found["args"]["set"] |= {"cluster.replicas": replicas, **(changes or {})}
     if deployment:
         found["deployments"] = [{"name": "BorgServer:borg-merge-v1", **deployment}]
     return found
@@ -43,7 +45,7 @@ def ports(replicas: int) -> list[int]:
     found = []
     for port in range(FIRST_PORT, FIRST_PORT + 3 * replicas + 4):
         with suppress(httpx.TransportError, ValueError):
-            if "replica" in httpx.get(f"http://127.0.0.1:{port}/version", timeout=10).json():
+            if "replica" in servers.LOOK.get(f"http://127.0.0.1:{port}/version").json():
                 found.append(port)
     return found
 
@@ -90,8 +92,9 @@ def running(
         environment = {
             MARK: mark,
             "RAY_TMPDIR": ray,  # short: it holds sockets
-            "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONPATH": os.getcwd(),
+            **ALIKE,
+            **ROOM,
             **more,
         }
         log = folder / f"{name}.log"

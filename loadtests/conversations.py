@@ -111,9 +111,7 @@ def measure(router: str, replicas: int, count: int, later: int, folder: Path) ->
     path = ROUTERS[router]
     options = {"request_router_config": {"request_router_class": path}} if path else {}
     application = clusters.application(replicas, SMALL, **options)
-    with clusters.running(
-        f"{replicas}-{len(options)}", application, folder, clusters.direct() | clusters.EQUAL
-    ) as server:
+    with clusters.running(f"{replicas}-{len(options)}", application, folder, clusters.direct()) as server:
         while len(ports := clusters.ports(replicas)) < replicas:
             time.sleep(1)
         conversations = [Conversation(random.Random(f"{replicas} {number}"), []) for number in range(count)]
@@ -179,7 +177,7 @@ def main() -> None:
         "later": arguments.later,
         "rows": [{**asdict(spread), "balance": spread.balance, "share": spread.share} for spread in found],
     }
-    write(arguments.out, "conversations", document, markdown(document, found))
+    write(arguments.out, "routing", document, markdown(document, found))
 
 
 if __name__ == "__main__":
