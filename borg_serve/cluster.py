@@ -221,6 +221,10 @@ class BorgServer(LLMServer):
         if self._engine.client is None:
             raise EngineError("cluster: Ray moved VLLMEngine._start_async_llm_engine, got none. Use the pinned Ray.")
 
+    async def _start_engine(self) -> None:
+        """Without Ray's report of who serves what, for which it keeps one more process in the cluster."""
+        await cast(Any, self.engine).start()
+
     async def __serve_build_asgi_app__(self) -> Gate:
         """The gate around vLLM's application, open: Serve sends nothing before."""
         prepared, started = self._prepared, cast(Any, self._engine)
