@@ -23,6 +23,7 @@ import yaml
 
 from borg_serve import demo
 from loadtests import clusters, servers
+from loadtests.servers import LOOK
 from tests.conftest import Redis
 from tests.engine.process import environment as environment_of_a_user
 from tests.engine.process import free_port
@@ -47,7 +48,7 @@ class Replica:
 
     def answered(self) -> float:
         """Return how many chat requests it has answered."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        lines = LOOK.get(f"{self.url}/metrics", timeout=30).text.splitlines()
         found = [line for line in lines if line.startswith("borg_requests_total{") and "chat/completions" in line]
         return sum(float(line.rpartition(" ")[2]) for line in found)
 
@@ -70,7 +71,7 @@ class Cluster:
     def ready(self) -> int:
         """Return the status of /ready through HAProxy, 0 when nobody answers."""
         with suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/ready", timeout=10).status_code
+            return LOOK.get(f"{self.url}/ready").status_code
         return 0
 
     def replicas(self) -> list[Replica]:
@@ -79,7 +80,7 @@ class Cluster:
         for port in range(FIRST_PORT, FIRST_PORT + 12):
             url = f"http://127.0.0.1:{port}"
             with suppress(httpx.TransportError, ValueError):
-                version = httpx.get(f"{url}/version", timeout=10).json()
+                version = LOOK.get(f"{url}/version").json()
                 if "replica" in version:
                     found.append(Replica(version["replica"], url, version))
         return sorted(found, key=lambda replica: replica.name)
@@ -130,6 +131,11 @@ class Cluster:
         address = ["--address", self.nodes.dashboard]
         subprocess.run([SERVE, "deploy", *address, str(file)], cwd=ROOT, env=self.environment, check=True, timeout=120)
 
+    def status(self) -> str:
+        """Return what Serve says of its applications and deployments."""
+        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        return LOOK.get(f"{self.nodes.dashboard}/api/serve/applications/", headers=headers, timeout=60).text
+
 
 def _listened(process: psutil.Process) -> set[int]:
     with suppress(psutil.Error):
@@ -141,7 +147,7 @@ def _listened(process: psutil.Process) -> set[int]:
 def _end(url: str, body: dict[str, Any]) -> str:
     """How one streamed request ends: `ok`, a status and its error code, or what broke its connection."""
     try:
-        answer = httpx.post(url, json=body, timeout=180)
+        answer = LOOK.post(url, json=body, timeout=180)
     except httpx.TransportError as error:
         return type(error).__name__
     if answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n"):
@@ -156,8 +162,13 @@ def configuration(port: int, **changes: object) -> dict[str, Any]:
     """Return the demo's own deploy file with another port and these changes to its profile."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "deploy/demo-cpu.yaml").read_text())
     config["http_options"]["port"] = port
-    patient = {"server.hang_s": 60, "limits.deadline_s": 180, "limits.stall_s": 60}
-    config["applications"][0]["args"]["set"] |= {"model.path": str(demo.materialise()), **patient, **changes}
+    gentle = {
+        "server.hang_s": 60,
+        "limits.deadline_s": 180,
+        "limits.stall_s": 60,
+        "engine.kv_cache_memory_bytes": 1 << 30,
+    }
+    config["applications"][0]["args"]["set"] |= {"model.path": str(demo.materialise()), **gentle, **changes}
     return config
 
 
@@ -225,8 +236,8 @@ def cluster(redis: Redis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "RAY_AUTH_TOKEN": uuid4().hex,
         "RAY_REDIS_ADDRESS": redis.address,
         **clusters.direct(FIRST_PORT),
+        **clusters.ALIKE,
         "RAY_SERVE_INGRESS_REQUEST_ROUTER_METRICS_ENABLED": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
     }
     log = folder / "serve.log"
     nodes = Nodes(environment)
