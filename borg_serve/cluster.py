@@ -116,8 +116,19 @@ def serve_config(config: Config, model: str, deployment: dict[str, Any], chat_te
         accelerator_config={"kind": "cpu" if on_cpu else "gpu"},
         placement_group_config={"bundle_per_worker": worker, "strategy": strategy},
         deployment_config=deployment,
-        runtime_env={"env_vars": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}},
+        runtime_env={"env_vars": environment(config)},
     )
+
+
+def environment(config: Config) -> dict[str, str]:
+    """Variables of a replica's process."""
+    found = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    if engine.device() == "cpu":
+        # By itself vLLM pins every engine of a machine to the same cores, beginning with the first: two replicas on two
+        # cores would share one. Unpinned, each has the threads that its part of the machine is for.
+        threads = max(1, int(config.cluster.cpus))
+        found |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    return found
 
 
 def application(config: Config) -> dict[str, Any]:
@@ -127,6 +138,7 @@ def application(config: Config) -> dict[str, Any]:
     return {
         "deployment": {**ours.deployment_config, "request_router_config": router},
         "placement_group": ours.placement_group_config,
+        "environment": environment(config),
         "engine": ours.engine_kwargs,
     }
 
@@ -161,6 +173,7 @@ def options(config: Config) -> dict[str, Any]:
             # A replica takes a minute to start: another one comes before this one is full.
             "target_ongoing_requests": max(1, round(0.7 * places.concurrent)),
             "upscale_delay_s": 10,
+            # Longer than a start: Serve ends first what has not started yet, so a dip in the load would undo the start.
             "downscale_delay_s": 300,
         },
     }
