@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,13 @@ SERVE = str(Path(sys.executable).with_name("serve"))
 MARK = "BORG_TEST_CLUSTER"
 READY_S = 420.0
 END_S = 90.0
+GENTLE = {
+    "server.hang_s": 60,
+    "limits.deadline_s": 180,
+    "limits.stall_s": 60,
+    "engine.kv_cache_memory_bytes": 1 << 30,
+    "model.dtype": "float32",  # many CPUs have no instructions for bfloat16, and take seven times as long
+}
 FIRST_PORT = 33000
 """Replicas listen from here on."""
 
@@ -101,28 +108,9 @@ class Cluster:
         (found,) = [process for process in children if process.cmdline()[:1] == ["VLLM::EngineCore"]]
         return found
 
-    @contextmanager
-    def load(self, users: int) -> Iterator[list[str]]:
-        """Keep so many users asking, each one short stream after another; how their requests ended, as they do."""
-        ends: list[str] = []
-        stop = threading.Event()
-
-        def user(name: int) -> None:
-            turn = 0
-            while not stop.is_set():
-                turn += 1
-                messages = [{"role": "user", "content": f"I am {name}, this is {turn}"}]
-                body = {"messages": messages, "max_tokens": 12, "stream": True, "ignore_eos": True}
-                ends.append(_end(f"{self.url}/v1/chat/completions", body))
-
-        with ThreadPoolExecutor(users) as pool:
-            running = [pool.submit(user, name) for name in range(users)]
-            try:
-                yield ends
-            finally:
-                stop.set()
-        for each in running:
-            each.result()
+    def load(self, users: int) -> AbstractContextManager[list[str]]:
+        """Keep so many users asking."""
+        return load(self.url, users)
 
     def deploy(self, config: dict[str, Any]) -> None:
         """Give Serve another configuration of the same application."""
@@ -135,6 +123,30 @@ class Cluster:
         """Return what Serve says of its applications and deployments."""
         headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
         return LOOK.get(f"{self.nodes.dashboard}/api/serve/applications/", headers=headers, timeout=60).text
+
+
+@contextmanager
+def load(url: str, users: int) -> Iterator[list[str]]:
+    """Keep so many users asking, each one short stream after another; how their requests ended, as they do."""
+    ends: list[str] = []
+    stop = threading.Event()
+
+    def user(name: int) -> None:
+        turn = 0
+        while not stop.is_set():
+            turn += 1
+            messages = [{"role": "user", "content": f"I am {name}, this is {turn}"}]
+            body = {"messages": messages, "max_tokens": 12, "stream": True, "ignore_eos": True}
+            ends.append(_end(f"{url}/v1/chat/completions", body))
+
+    with ThreadPoolExecutor(users) as pool:
+        running = [pool.submit(user, name) for name in range(users)]
+        try:
+            yield ends
+        finally:
+            stop.set()
+    for each in running:
+        each.result()
 
 
 def _listened(process: psutil.Process) -> set[int]:
@@ -162,13 +174,7 @@ def configuration(port: int, **changes: object) -> dict[str, Any]:
     """Return the demo's own deploy file with another port and these changes to its profile."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "deploy/demo-cpu.yaml").read_text())
     config["http_options"]["port"] = port
-    gentle = {
-        "server.hang_s": 60,
-        "limits.deadline_s": 180,
-        "limits.stall_s": 60,
-        "engine.kv_cache_memory_bytes": 1 << 30,
-    }
-    config["applications"][0]["args"]["set"] |= {"model.path": str(demo.materialise()), **gentle, **changes}
+    config["applications"][0]["args"]["set"] |= {"model.path": str(demo.materialise()), **GENTLE, **changes}
     return config
 
 
