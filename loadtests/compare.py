@@ -26,14 +26,14 @@ from borg_serve import engine
 from borg_serve.config import load
 from borg_serve.errors import BorgServeError
 from loadtests.bootstrap import Ratio, ratio
-from loadtests.contenders import GROUPS, KV, Contender, Running, contenders
+from loadtests.contenders import GROUPS, Contender, Running, contenders
 from loadtests.streaming import body, closed_loop
 from loadtests.tables import figures, table, write
 
 USERS = (1, 8)
 """How many at once, where `--users` says nothing else."""
-KV_BYTES = 1 << 30
-"""Of every contender: all of them are in memory at once."""
+KV = "engine.kv_cache_memory_bytes=1073741824"
+"""All of them are in memory at once."""
 SEQUENTIAL = ("original", "original-reused")
 BOUNDS = {"original": 12.0, "stock": 1.5, "stock_ttft": 0.4, "ray": 0.90, "ray_ttft_ms": 5.0}
 
@@ -55,7 +55,7 @@ class Block:
 async def block(contender: Contender, running: Running, system: str, users: int, tokens: int, seed: int) -> Block:
     """Measure; raises RuntimeError when every request fails."""
     rng = random.Random(seed)
-    per_user = 3 if users == 1 else 2
+    per_user = 5 if users == 1 else 2
     count = users if contender.name in SEQUENTIAL and users > 1 else users * per_user
     system_message = system if contender.sends_identity else None
     bodies = [{**body(rng, tokens, system_message), "model": contender.model} for _ in range(count)]
@@ -87,14 +87,17 @@ def turn(
         running.pause()
 
 
-def measure(config: str, rounds: int, tokens: int, only: Sequence[str], users: Sequence[int]) -> dict[str, Any]:
+def measure(
+    config: str, rounds: int, tokens: int, only: Sequence[str], users: Sequence[int], sets: Sequence[str]
+) -> dict[str, Any]:
     """Run the whole comparison; its JSON document."""
     engine.prepare_environment()
-    profile = load(Path(config), [f"{KV}={KV_BYTES}"])
+    sets = [KV, *sets]
+    profile = load(Path(config), sets)
     system = profile.identity.prompt.read_text(encoding="utf-8").strip()
     folder = Path(tempfile.mkdtemp(prefix="borg-compare-"))
     print(f"logs: {folder}", file=sys.stderr)
-    taking_part = [one for one in contenders(profile, folder) if not only or one.name in only]
+    taking_part = [one for one in contenders(profile, folder, sets) if not only or one.name in only]
     blocks: dict[str, list[Block]] = {one.name: [] for one in taking_part}
     failures: list[str] = []
     with ExitStack() as stack:
@@ -207,7 +210,7 @@ are this machine's; the ratios, taken in one run, are what to look at.
 {who}
 
 {document["rounds"]} rounds, each contender once in each, forwards and backwards in turn (A B C, C B A); the others are
-paused, all processes of a cluster with them. Each has {KV_BYTES >> 20} MiB of KV cache. A request that is not counted
+paused, all processes of a cluster with them. Each has 1 GiB of KV cache. A request that is not counted
 goes first. {document["tokens"]} output tokens a request, streamed, greedy, 80 words of its own in every prompt; who has
 no identity of its own gets it from the client as the system message. A user sends its next request when the last has
 ended. Figures are medians of the rounds; intervals are 95% bootstrap intervals of the ratio of medians (given from
@@ -274,11 +277,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="output tokens a request")
     parser.add_argument("--only", nargs="+", default=[], help="names of the contenders that take part")
     parser.add_argument("--users", nargs="+", type=int, default=list(USERS), help="how many at once, in turn")
+    parser.add_argument("--set", action="append", default=[], help="a setting of the profile, for all that have it")
     parser.add_argument("--name", default="compare-cpu", help="of the report")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
-    document = measure(arguments.config, arguments.rounds, arguments.tokens, arguments.only, arguments.users)
+    document = measure(
+        arguments.config, arguments.rounds, arguments.tokens, arguments.only, arguments.users, arguments.set
+    )
     document["command"] = " ".join(["python -m loadtests.compare", *sys.argv[1:]])
     document["summary"] = summary(document)
     write(arguments.out, arguments.name, document, markdown(document))

@@ -4,21 +4,21 @@ It knows how each is started with the same checkpoint. It measures nothing but p
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from borg_serve import engine
 from borg_serve.config import Config
 from loadtests import clusters, servers
 
-__all__ = ["GROUPS", "KV", "Contender", "Running", "contenders"]
+__all__ = ["GROUPS", "Contender", "Running", "contenders"]
 
-KV = "engine.kv_cache_memory_bytes"
 GROUPS = ("client", "door", "engine", "proxy", "router", "ray")
 WORDS = {
     "engine": ("VLLM::", "EngineCore", "loadtests.original"),
@@ -78,18 +78,18 @@ class Contender:
     start: Callable[[], AbstractContextManager[Running]]
 
 
-def contenders(config: Config, folder: Path) -> list[Contender]:
-    """All of them, for one profile and the size of its KV cache. Logs go to `folder`."""
+def contenders(config: Config, folder: Path, sets: Sequence[str]) -> list[Contender]:
+    """All of them, for one profile and these settings of it, which it has already. Logs go to `folder`."""
     name = config.model.served_name
     original = "transformers generate with a streamer, one request after another"
     shared = _original(config, folder)
     return [
-        Contender("ours", "borg-serve serve", name, False, _ours(config, folder)),
+        Contender("ours", "borg-serve serve", name, False, _ours(config, folder, sets)),
         Contender("stock", "vLLM's own server at its defaults", name, True, _stock(config, folder)),
         Contender("original", f"the original app's way: {original}", "original", True, shared),
         Contender("original-reused", f"{original}, identity's past reused", "original-reused", True, shared),
         Contender("ray-classic", "Ray Serve LLM, its own OpenAI app", name, True, _classic(config, folder)),
-        Contender("ray-ours", "borg-serve on a Ray cluster, HAProxy", name, False, _cluster(config, folder)),
+        Contender("ray-ours", "borg-serve on a Ray cluster, HAProxy", name, False, _cluster(config, folder, sets)),
     ]
 
 
@@ -106,10 +106,10 @@ def _plain(name: str, words: Callable[[int], list[str]], ready: str, folder: Pat
     return start
 
 
-def _ours(config: Config, folder: Path) -> Callable[[], Any]:
+def _ours(config: Config, folder: Path, sets: Sequence[str]) -> Callable[[], Any]:
     return _plain(
         "ours",
-        lambda port: servers.ours(str(config.file), port, f"{KV}={config.engine['kv_cache_memory_bytes']}"),
+        lambda port: servers.ours(str(config.file), port, *sets),
         "/ready",
         folder,
     )
@@ -151,8 +151,9 @@ def _classic(config: Config, folder: Path) -> Callable[[], Any]:
     return lambda: _ray("ray-classic", application, {}, "/v1/models", config.model.served_name, folder)
 
 
-def _cluster(config: Config, folder: Path) -> Callable[[], Any]:
-    application = clusters.application(1, {KV: config.engine["kv_cache_memory_bytes"]})
+def _cluster(config: Config, folder: Path, sets: Sequence[str]) -> Callable[[], Any]:
+    words = (item.split("=", 1) for item in sets)
+    application = clusters.application(1, {key: yaml.safe_load(value) for key, value in words})
     application["args"]["profile"] = str(config.file)
     return lambda: _ray("ray-ours", application, clusters.direct(), "/ready", "", folder)
 
