@@ -117,7 +117,7 @@ def measure(router: str, replicas: int, count: int, later: int, folder: Path) ->
     options = {"request_router_config": {"request_router_class": path}} if path else {}
     application = clusters.application(replicas, SMALL, **options)
     with clusters.running(f"{replicas}-{len(options)}", application, folder, clusters.direct()) as server:
-        while len(ports := clusters.ports(replicas)) < replicas:
+        while len(ports := clusters.ports(server)) < replicas:
             time.sleep(1)
         conversations = [Conversation(random.Random(f"{replicas} {number}"), []) for number in range(count)]
         before = [answered(port) for port in ports]

@@ -136,7 +136,7 @@ def measure(replicas: int, rounds: int, seconds: float, folder: Path) -> dict[st
     """One cluster; requests/s of each round, and CPU milliseconds a request by group over all of them."""
     application = clusters.application(replicas) | {"import_path": "loadtests.router_capacity:build"}
     with clusters.running(f"sleeping-{replicas}", application, folder, clusters.direct()) as server:
-        while len(clusters.ports(replicas)) < replicas:
+        while len(clusters.ports(server)) < replicas:
             time.sleep(1)
         asyncio.run(users(server.url, 3))  # connections and caches are there
         before, total, rates = cpu(clusters.family(server)), 0, []

@@ -31,11 +31,11 @@ def test_scaling_follows_the_load_and_loses_no_request(tmp_path: Path) -> None:
     sets = {**GENTLE, "model.path": str(demo.materialise()), "cluster.max_replicas": 3}
     application = clusters.application(1, sets, autoscaling_config=SCALING)
     with clusters.running("scaling", application, tmp_path, clusters.direct()) as server:
-        assert len(clusters.ports(3)) == 1
+        assert len(clusters.ports(server)) == 1
         with load(server.url, USERS) as ends:
-            wait_until("three replicas", lambda: len(clusters.ports(3)) == 3, 600, every_s=2)
+            wait_until("three replicas", lambda: len(clusters.ports(server)) == 3, 600, every_s=2)
             time.sleep(10)
         print(len(ends), set(ends))
-        wait_until("one replica again", lambda: len(clusters.ports(3)) == 1, 300, every_s=2)
+        wait_until("one replica again", lambda: len(clusters.ports(server)) == 1, 300, every_s=2)
         assert set(ends) == {"ok"}
         assert len(ends) > USERS
