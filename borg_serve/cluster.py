@@ -230,7 +230,7 @@ class BorgServer(LLMServer):
         engine.prepare_eager(bool(config.engine.get("enforce_eager")))
         full = serve_config(config, str(prepared.directory), {}, prepared.chat_template)
         # The checkpoint is here, and verified; Ray would start a process of its own on every node to look for it.
-        full.get_or_create_callback().ctx.run_init_node = False
+        cast(Any, full.get_or_create_callback()).ctx.run_init_node = False
         self._engine = BorgEngine(full, prepared, self._shared)
         await super().__init__(full, engine_cls=cast(Any, lambda _: self._engine))
         if self._engine.client is None:
