@@ -168,11 +168,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--conversations", type=int, default=200)
     parser.add_argument("--later", type=int, default=1, help="turns after the first")
+    parser.add_argument("--replicas", nargs="+", type=int, default=list(REPLICAS))
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     arguments = parser.parse_args()
     found: list[Spread] = []
     with tempfile.TemporaryDirectory() as folder:
-        for replicas in REPLICAS:
+        for replicas in arguments.replicas:
             found += measure(replicas, arguments.conversations, arguments.later, Path(folder))
     options = f"--conversations {arguments.conversations} --later {arguments.later}"
     document = {
