@@ -122,8 +122,19 @@ def serve_config(
         accelerator_config={"kind": "cpu" if on_cpu else "gpu"},
         placement_group_config={"bundle_per_worker": worker, "strategy": strategy},
         deployment_config=deployment,
-        runtime_env={"env_vars": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}},
+        runtime_env={"env_vars": environment(config)},
     )
+
+
+def environment(config: Config) -> dict[str, str]:
+    """Variables of a replica's process."""
+    found = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    if engine.device() == "cpu":
+        # By itself vLLM pins every engine of a machine to the same cores, beginning with the first: two replicas on two
+        # cores would share one. Unpinned, each has the threads that its part of the machine is for.
+        threads = max(1, int(config.cluster.cpus))
+        found |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    return found
 
 
 def application(config: Config) -> dict[str, Any]:
@@ -133,6 +144,7 @@ def application(config: Config) -> dict[str, Any]:
     return {
         "deployment": {**ours.deployment_config, "request_router_config": router},
         "placement_group": ours.placement_group_config,
+        "environment": environment(config),
         "engine": ours.engine_kwargs,
     }
 
@@ -167,6 +179,7 @@ def options(config: Config) -> dict[str, Any]:
             # A replica takes a minute to start: another one comes before this one is full.
             "target_ongoing_requests": max(1, round(0.7 * places.concurrent)),
             "upscale_delay_s": 10,
+            # Longer than a start: Serve ends first what has not started yet, so a dip in the load would undo the start.
             "downscale_delay_s": 300,
         },
     }
@@ -223,10 +236,16 @@ class BorgServer(LLMServer):
         engine.prepare_eager(bool(config.engine.get("enforce_eager")))
         tokens = len(prepared.prefix.token_ids)
         full = serve_config(config, str(prepared.directory), {}, prepared.chat_template, tokens)
+        # The checkpoint is here, and verified; Ray would start a process of its own on every node to look for it.
+        cast(Any, full.get_or_create_callback()).ctx.run_init_node = False
         self._engine = BorgEngine(full, prepared, self._shared)
         await super().__init__(full, engine_cls=cast(Any, lambda _: self._engine))
         if self._engine.client is None:
             raise EngineError("cluster: Ray moved VLLMEngine._start_async_llm_engine, got none. Use the pinned Ray.")
+
+    async def _start_engine(self) -> None:
+        """Without Ray's report of who serves what, for which it keeps one more process in the cluster."""
+        await cast(Any, self.engine).start()
 
     async def __serve_build_asgi_app__(self) -> Gate:
         """The gate around vLLM's application, open: Serve sends nothing before."""

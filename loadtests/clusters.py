@@ -19,33 +19,44 @@ from loadtests import servers
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # Ray makes every look at a server a line
 
-__all__ = ["EQUAL", "application", "direct", "family", "ports", "running"]
+__all__ = ["ALIKE", "application", "direct", "family", "ports", "running"]
 
 MARK = "BORG_LOADTEST_CLUSTER"
 FIRST_PORT = 34000
-"""Replicas listen from here on."""
+PORTS = 100
+"""Replicas listen from here on, those of other clusters of this machine as well."""
 READY_S = 600.0
-EQUAL = {"RAY_worker_niceness": "0"}
-"""Ray's own niceness of 15 starves replicas where clients share the machine."""
+ALIKE = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+"""As `make cluster-demo` has it. Ray's own niceness of 15 starves replicas where clients share the machine."""
+ROOM = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 8}'}
+"""Logical ones: four replicas ask for more than two, and so does Ray's own app."""
 
 
 def application(replicas: int, changes: dict[str, Any] | None = None, **deployment: Any) -> dict[str, Any]:
     """The demo's application with so many replicas, changes to its profile, and options of Serve for its deployment."""
     found: dict[str, Any] = yaml.safe_load(Path("deploy/demo-cpu.yaml").read_text())["applications"][0]
-    found["args"]["set"] |= {"cluster.replicas": replicas, "cluster.cpus": 0.25, **(changes or {})}
+    found["args"]["set"] |= {"cluster.replicas": replicas, **(changes or {})}
     if deployment:
         found["deployments"] = [{"name": "BorgServer:borg-merge-v1", **deployment}]
     return found
 
 
-def ports(replicas: int) -> list[int]:
-    """The ports of the replicas that answer; fewer than asked for while some start."""
+def ports(server: servers.Server) -> list[int]:
+    """The ports of a cluster's replicas that answer; fewer than asked for while some start."""
     found = []
-    for port in range(FIRST_PORT, FIRST_PORT + 3 * replicas + 4):
+    for port in sorted(port for process in family(server) for port in _listened(process)):
         with suppress(httpx.TransportError, ValueError):
-            if "replica" in httpx.get(f"http://127.0.0.1:{port}/version", timeout=10).json():
+            if "replica" in servers.LOOK.get(f"http://127.0.0.1:{port}/version").json():
                 found.append(port)
     return found
+
+
+def _listened(process: psutil.Process) -> set[int]:
+    with suppress(psutil.Error):
+        listening = (entry for entry in process.net_connections("tcp") if entry.status == psutil.CONN_LISTEN)
+        numbers = {int(str(tuple(entry.laddr)[1])) for entry in listening}
+        return {number for number in numbers if FIRST_PORT <= number < FIRST_PORT + PORTS}
+    return set()
 
 
 def direct(first_port: int = FIRST_PORT) -> dict[str, str]:
@@ -57,7 +68,7 @@ def direct(first_port: int = FIRST_PORT) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + 100),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + PORTS),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(servers.free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(servers.free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(servers.free_port()),
@@ -90,8 +101,9 @@ def running(
         environment = {
             MARK: mark,
             "RAY_TMPDIR": ray,  # short: it holds sockets
-            "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONPATH": os.getcwd(),
+            **ALIKE,
+            **ROOM,
             **more,
         }
         log = folder / f"{name}.log"

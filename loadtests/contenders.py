@@ -4,13 +4,14 @@ It knows how each is started with the same checkpoint. It measures nothing but p
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from borg_serve import engine
 from borg_serve.config import Config
@@ -18,9 +19,14 @@ from loadtests import clusters, servers
 
 __all__ = ["GROUPS", "Contender", "Running", "contenders"]
 
-GROUPS = ("client", "door", "engine", "ray")
-ENGINE = ("VLLM::", "EngineCore", "loadtests.original")
-DOOR = ("ServeReplica", "ProxyActor", "haproxy", "borg_serve serve", "api_server")
+GROUPS = ("client", "door", "engine", "proxy", "router", "ray")
+WORDS = {
+    "engine": ("VLLM::", "EngineCore", "loadtests.original"),
+    "router": ("LLMRouter", "OpenAiIngress"),
+    "proxy": ("ProxyActor", "HAProxyManager", "haproxy"),
+    "door": ("ServeReplica", "borg_serve serve", "api_server"),
+}
+"""What is in the titles of a group's processes; the first that fits counts."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,7 @@ def group(process: psutil.Process) -> str:
 
 def group_of(title: str) -> str:
     """The group of a process's command line."""
-    if any(word in title for word in ENGINE):
-        return "engine"
-    if any(word in title for word in DOOR):
-        return "door"
-    return "ray"
+    return next((name for name, words in WORDS.items() if any(word in title for word in words)), "ray")
 
 
 @dataclass(frozen=True)
@@ -74,22 +76,20 @@ class Contender:
     sends_identity: bool
     """Whether the client must send the identity as its system message."""
     start: Callable[[], AbstractContextManager[Running]]
-    stays: bool
-    """Whether it can be paused between its turns; Ray's heartbeats cannot."""
 
 
-def contenders(config: Config, folder: Path) -> list[Contender]:
-    """All of them, for one profile. Logs go to `folder`."""
+def contenders(config: Config, folder: Path, sets: Sequence[str]) -> list[Contender]:
+    """All of them, for one profile and these settings of it, which it has already. Logs go to `folder`."""
     name = config.model.served_name
     original = "transformers generate with a streamer, one request after another"
     shared = _original(config, folder)
     return [
-        Contender("ours", "borg-serve serve", name, False, _ours(config, folder), True),
-        Contender("stock", "vLLM's own server at its defaults", name, True, _stock(config, folder), True),
-        Contender("original", f"the original app's way: {original}", "original", True, shared, True),
-        Contender("original-reused", f"{original}, identity's past reused", "original-reused", True, shared, True),
-        Contender("ray-classic", "Ray Serve LLM, its own OpenAI app", name, True, _classic(config, folder), False),
-        Contender("ray-ours", "borg-serve on a Ray cluster, HAProxy", name, False, _cluster(config, folder), False),
+        Contender("ours", "borg-serve serve", name, False, _ours(config, folder, sets)),
+        Contender("stock", "vLLM's own server at its defaults", name, True, _stock(config, folder)),
+        Contender("original", f"the original app's way: {original}", "original", True, shared),
+        Contender("original-reused", f"{original}, identity's past reused", "original-reused", True, shared),
+        Contender("ray-classic", "Ray Serve LLM, its own OpenAI app", name, True, _classic(config, folder)),
+        Contender("ray-ours", "borg-serve on a Ray cluster, HAProxy", name, False, _cluster(config, folder, sets)),
     ]
 
 
@@ -106,8 +106,13 @@ def _plain(name: str, words: Callable[[int], list[str]], ready: str, folder: Pat
     return start
 
 
-def _ours(config: Config, folder: Path) -> Callable[[], Any]:
-    return _plain("ours", lambda port: servers.ours(str(config.file), port), "/ready", folder)
+def _ours(config: Config, folder: Path, sets: Sequence[str]) -> Callable[[], Any]:
+    return _plain(
+        "ours",
+        lambda port: servers.ours(str(config.file), port, *sets),
+        "/ready",
+        folder,
+    )
 
 
 def _stock(config: Config, folder: Path) -> Callable[[], Any]:
@@ -125,10 +130,6 @@ def _original(config: Config, folder: Path) -> Callable[[], Any]:
 
 
 # ---------------------------------------------------------------------------------------- on Ray
-
-
-MORE = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 8}'}
-"""Logical ones: Ray's own app asks for more than two."""
 
 
 def _classic(config: Config, folder: Path) -> Callable[[], Any]:
@@ -150,8 +151,9 @@ def _classic(config: Config, folder: Path) -> Callable[[], Any]:
     return lambda: _ray("ray-classic", application, {}, "/v1/models", config.model.served_name, folder)
 
 
-def _cluster(config: Config, folder: Path) -> Callable[[], Any]:
-    application = clusters.application(1, {"cluster.cpus": 1})
+def _cluster(config: Config, folder: Path, sets: Sequence[str]) -> Callable[[], Any]:
+    words = (item.split("=", 1) for item in sets)
+    application = clusters.application(1, {key: yaml.safe_load(value) for key, value in words})
     application["args"]["profile"] = str(config.file)
     return lambda: _ray("ray-ours", application, clusters.direct(), "/ready", "", folder)
 
@@ -161,5 +163,17 @@ def _ray(
     name: str, application: dict[str, Any], more: dict[str, str], ready: str, naming: str, folder: Path
 ) -> Iterator[Running]:
     engine.prepare_environment()
-    with clusters.running(name, application, folder, MORE | more, ready, naming) as server:
-        yield Running(server.url, lambda: clusters.family(server), lambda: None, lambda: None)
+    with clusters.running(name, application, folder, more, ready, naming) as server:
+
+        def pause() -> None:
+            for process in clusters.family(server):
+                process.suspend()
+
+        def resume() -> None:
+            for process in clusters.family(server):
+                process.resume()
+
+        try:
+            yield Running(server.url, lambda: clusters.family(server), pause, resume)
+        finally:
+            resume()

@@ -1,7 +1,7 @@
 """Where conversations go on a cluster: `python -m loadtests.conversations`, about 15 minutes on two cores.
 
-With 2 and with 4 replicas, by our router and by Ray's default (the less loaded of two at random): how evenly 200
-conversations spread, and how much of what later turns repeat is found in the replica's cache. Counts, no times.
+With 2 and with 4 replicas: how evenly 200 conversations spread, and how much of what later turns repeat is found in the
+replica's cache, by our router, and where every turn is sent straight to a replica at random. Counts, no times.
 """
 
 import argparse
@@ -24,13 +24,15 @@ from loadtests.streaming import WORDS
 from loadtests.tables import table, write
 
 REPLICAS = (2, 4)
-ROUTERS = {
-    "ours": None,
-    "Ray's default": "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter",
+TURN_WORDS = 24
+USERS = 4
+"""Few enough for no replica to have half its places taken: past that the router evens loads out, as it should."""
+SMALL = {
+    "engine.kv_cache_memory_bytes": 1 << 30,
+    "limits.deadline_s": 300,
+    "server.hang_s": 60,
+    "model.dtype": "float32",  # many CPUs have no instructions for bfloat16, and take seven times as long
 }
-TURN_WORDS = 90
-USERS = 8
-SMALL = {"engine.kv_cache_memory_bytes": 1 << 30, "limits.deadline_s": 300, "server.hang_s": 60}
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,15 @@ class Conversation:
         self.messages.append({"role": "user", "content": " ".join(self.rng.choices(WORDS, k=TURN_WORDS))})
 
 
-async def turns(url: str, conversations: Sequence[Conversation], number: int) -> tuple[int, int, int]:
-    """So many turns of each conversation, by USERS users at once: (tokens repeated, of these cached, failures)."""
+async def turns(urls: Sequence[str], conversations: Sequence[Conversation], number: int) -> tuple[int, int, int]:
+    """So many turns of each conversation, by USERS users at once, each sent to one of `urls` at random.
+
+    (Tokens that were sent before, of these cached, failures.)
+    """
     left = list(conversations)
     repeated = cached = failed = 0
-    async with httpx.AsyncClient(base_url=url, timeout=300) as client:
-        identity = (await client.get("/version")).json()["identity"]["tokens"]
+    async with httpx.AsyncClient(timeout=300) as client:
+        identity = (await client.get(f"{urls[0]}/version")).json()["identity"]["tokens"]
 
         async def user() -> None:
             nonlocal repeated, cached, failed
@@ -87,7 +92,8 @@ async def turns(url: str, conversations: Sequence[Conversation], number: int) ->
                 for _ in range(number):
                     conversation.speak()
                     body = {"messages": conversation.messages, "max_tokens": 1, "temperature": 0}
-                    answer = await client.post("/v1/chat/completions", json=body)
+                    url = conversation.rng.choice(urls)
+                    answer = await client.post(f"{url}/v1/chat/completions", json=body)
                     if answer.status_code != 200:
                         failed += 1
                         continue
@@ -106,22 +112,24 @@ def answered(port: int) -> int:
     return int(servers.metric(f"http://127.0.0.1:{port}", "borg_requests_total", route="/v1/chat/completions"))
 
 
-def measure(router: str, replicas: int, count: int, later: int, folder: Path) -> Spread:
-    """One cluster, started for this and ended."""
-    path = ROUTERS[router]
-    options = {"request_router_config": {"request_router_class": path}} if path else {}
-    application = clusters.application(replicas, SMALL, **options)
-    with clusters.running(
-        f"{replicas}-{len(options)}", application, folder, clusters.direct() | clusters.EQUAL
-    ) as server:
-        while len(ports := clusters.ports(replicas)) < replicas:
+def measure(replicas: int, count: int, later: int, folder: Path) -> list[Spread]:
+    """One cluster, started for this and ended: all conversations by our router, then half as many others at random."""
+    application = clusters.application(replicas, SMALL)
+    found = []
+    with clusters.running(str(replicas), application, folder, clusters.direct()) as server:
+        while len(ports := clusters.ports(server)) < replicas:
             time.sleep(1)
-        conversations = [Conversation(random.Random(f"{replicas} {number}"), []) for number in range(count)]
-        before = [answered(port) for port in ports]
-        _, _, failed = asyncio.run(turns(server.url, conversations, 1))
-        spread = [answered(port) - had for port, had in zip(ports, before, strict=True)]
-        repeated, cached, more = asyncio.run(turns(server.url, conversations, later))
-    return Spread(router, replicas, spread, repeated, cached, failed + more)
+        ways = {"ours": [server.url], "random": [f"http://127.0.0.1:{port}" for port in ports]}
+        for way, urls in ways.items():
+            many = count if way == "ours" else count // 2
+            conversations = [Conversation(random.Random(f"{replicas} {way} {n}"), []) for n in range(many)]
+            before = [answered(port) for port in ports]
+            _, _, failed = asyncio.run(turns(urls, conversations, 1))
+            spread = [answered(port) - had for port, had in zip(ports, before, strict=True)]
+            repeated, cached, more = asyncio.run(turns(urls, conversations[: count // 2], later))
+            found.append(Spread(way, replicas, spread, repeated, cached, failed + more))
+            print(f"{asdict(found[-1])} {found[-1].balance:.3f} {found[-1].share:.3f}", file=sys.stderr, flush=True)
+    return found
 
 
 def markdown(document: dict[str, Any], found: Sequence[Spread]) -> str:
@@ -145,7 +153,8 @@ def markdown(document: dict[str, Any], found: Sequence[Spread]) -> str:
         "demo model, CPU engines behind HAProxy.",
         "",
         f"{document['conversations']} conversations of {1 + document['later']} turns with {TURN_WORDS} words of their "
-        f"own each, {USERS} at once; one cluster a row. Cached share: of the tokens that a later turn repeats from the "
+        f"own each, {USERS} at once; half of them go on after the first turn, and half as many go at "
+        "random. Cached share: of the tokens that a later turn repeats from the "
         "turn before (the identity left out, which every replica has), those that vLLM found in the cache (`usage`). "
         "The bound for ours is 1.25 busiest / mean.",
         "",
@@ -160,15 +169,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--conversations", type=int, default=200)
     parser.add_argument("--later", type=int, default=1, help="turns after the first")
+    parser.add_argument("--replicas", nargs="+", type=int, default=list(REPLICAS))
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     arguments = parser.parse_args()
-    found = []
+    found: list[Spread] = []
     with tempfile.TemporaryDirectory() as folder:
-        for replicas in REPLICAS:
-            for router in ROUTERS:
-                spread = measure(router, replicas, arguments.conversations, arguments.later, Path(folder))
-                print(f"{asdict(spread)} balance {spread.balance:.3f} share {spread.share:.3f}", file=sys.stderr)
-                found.append(spread)
+        for replicas in arguments.replicas:
+            found += measure(replicas, arguments.conversations, arguments.later, Path(folder))
     options = f"--conversations {arguments.conversations} --later {arguments.later}"
     document = {
         "command": f"python -m loadtests.conversations {options}",
@@ -179,7 +186,7 @@ def main() -> None:
         "later": arguments.later,
         "rows": [{**asdict(spread), "balance": spread.balance, "share": spread.share} for spread in found],
     }
-    write(arguments.out, "conversations", document, markdown(document, found))
+    write(arguments.out, "routing", document, markdown(document, found))
 
 
 if __name__ == "__main__":

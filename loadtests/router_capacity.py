@@ -135,8 +135,8 @@ def cpu(processes: list[psutil.Process]) -> dict[str, float]:
 def measure(replicas: int, rounds: int, seconds: float, folder: Path) -> dict[str, Any]:
     """One cluster; requests/s of each round, and CPU milliseconds a request by group over all of them."""
     application = clusters.application(replicas) | {"import_path": "loadtests.router_capacity:build"}
-    with clusters.running(f"sleeping-{replicas}", application, folder, clusters.direct() | clusters.EQUAL) as server:
-        while len(clusters.ports(replicas)) < replicas:
+    with clusters.running(f"sleeping-{replicas}", application, folder, clusters.direct()) as server:
+        while len(clusters.ports(server)) < replicas:
             time.sleep(1)
         asyncio.run(users(server.url, 3))  # connections and caches are there
         before, total, rates = cpu(clusters.family(server)), 0, []
@@ -195,7 +195,7 @@ def main() -> None:
         "ray": version("ray"),
         "rows": rows,
     }
-    write(arguments.out, "router", document, markdown(document))
+    write(arguments.out, "router-capacity", document, markdown(document))
 
 
 if __name__ == "__main__":

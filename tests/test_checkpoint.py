@@ -16,8 +16,10 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from borg_serve.checkpoint import inspect, preflight, write_manifest
+from borg_serve.config import load
 from borg_serve.errors import CheckpointError
 from borg_serve.manifest import MANIFEST_FILE
+from borg_serve.preparation import prepare
 from borg_serve.weights import INDEX_FILE
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -350,3 +352,10 @@ def test_preflight_knows_the_scales_of_a_quantised_checkpoint(tiny: Path) -> Non
     edit_tensors(tiny, lambda tensors: tensors.pop(f"{UP}_scale_inv"))
     (line,) = refusal_of(tiny).splitlines()
     assert f"tensor {UP}_scale_inv: is needed" in line
+
+
+def test_prepare_refuses_another_checkpoint_than_the_one_agreed_on(tiny: Path) -> None:
+    root, sets = preflight(inspect(tiny)), [f"model.path={tiny}", f"cluster.expect_root={'f' * 64}"]
+    config = load(Path(__file__).parents[1] / "configs/demo-cpu.yaml", sets)
+    with pytest.raises(CheckpointError, match=f"root must be {'f' * 64}, got {root}"):
+        prepare(config)

@@ -38,6 +38,7 @@ STACK_ENVIRONMENT = {
     "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
     "RAY_SERVE_INGRESS_REQUEST_ROUTER_METRICS_ENABLED": "1",
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_worker_niceness": "0",
     "HF_HUB_OFFLINE": "1",
 }
 

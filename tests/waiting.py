@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(what: str, true: Callable[[], object], limit_s: float = 60.0) -> float:
+def wait_until(what: str, true: Callable[[], object], limit_s: float = 60.0, every_s: float = 0.1) -> float:
     """Wait until `true()`; the seconds it took. Fails naming `what`."""
     began = time.monotonic()
     while not true():
         assert time.monotonic() - began < limit_s, f"{what}: not within {limit_s:g} s"
-        time.sleep(0.1)
+        time.sleep(every_s)
     return time.monotonic() - began

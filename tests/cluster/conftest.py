@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import yaml
 
 from borg_serve import demo
 from loadtests import clusters, servers
+from loadtests.servers import LOOK
 from tests.conftest import Redis
 from tests.engine.process import environment as environment_of_a_user
 from tests.engine.process import free_port
@@ -33,6 +34,13 @@ SERVE = str(Path(sys.executable).with_name("serve"))
 MARK = "BORG_TEST_CLUSTER"
 READY_S = 420.0
 END_S = 90.0
+GENTLE = {
+    "server.hang_s": 60,
+    "limits.deadline_s": 180,
+    "limits.stall_s": 60,
+    "engine.kv_cache_memory_bytes": 1 << 30,
+    "model.dtype": "float32",  # many CPUs have no instructions for bfloat16, and take seven times as long
+}
 FIRST_PORT = 33000
 """Replicas listen from here on."""
 
@@ -47,7 +55,7 @@ class Replica:
 
     def answered(self) -> float:
         """Return how many chat requests it has answered."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        lines = LOOK.get(f"{self.url}/metrics", timeout=30).text.splitlines()
         found = [line for line in lines if line.startswith("borg_requests_total{") and "chat/completions" in line]
         return sum(float(line.rpartition(" ")[2]) for line in found)
 
@@ -70,7 +78,7 @@ class Cluster:
     def ready(self) -> int:
         """Return the status of /ready through HAProxy, 0 when nobody answers."""
         with suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/ready", timeout=10).status_code
+            return LOOK.get(f"{self.url}/ready").status_code
         return 0
 
     def replicas(self) -> list[Replica]:
@@ -79,7 +87,7 @@ class Cluster:
         for port in range(FIRST_PORT, FIRST_PORT + 12):
             url = f"http://127.0.0.1:{port}"
             with suppress(httpx.TransportError, ValueError):
-                version = httpx.get(f"{url}/version", timeout=10).json()
+                version = LOOK.get(f"{url}/version").json()
                 if "replica" in version:
                     found.append(Replica(version["replica"], url, version))
         return sorted(found, key=lambda replica: replica.name)
@@ -100,28 +108,9 @@ class Cluster:
         (found,) = [process for process in children if process.cmdline()[:1] == ["VLLM::EngineCore"]]
         return found
 
-    @contextmanager
-    def load(self, users: int) -> Iterator[list[str]]:
-        """Keep so many users asking, each one short stream after another; how their requests ended, as they do."""
-        ends: list[str] = []
-        stop = threading.Event()
-
-        def user(name: int) -> None:
-            turn = 0
-            while not stop.is_set():
-                turn += 1
-                messages = [{"role": "user", "content": f"I am {name}, this is {turn}"}]
-                body = {"messages": messages, "max_tokens": 12, "stream": True, "ignore_eos": True}
-                ends.append(_end(f"{self.url}/v1/chat/completions", body))
-
-        with ThreadPoolExecutor(users) as pool:
-            running = [pool.submit(user, name) for name in range(users)]
-            try:
-                yield ends
-            finally:
-                stop.set()
-        for each in running:
-            each.result()
+    def load(self, users: int) -> AbstractContextManager[list[str]]:
+        """Keep so many users asking."""
+        return load(self.url, users)
 
     def deploy(self, config: dict[str, Any]) -> None:
         """Give Serve another configuration of the same application."""
@@ -129,6 +118,35 @@ class Cluster:
         file.write_text(yaml.safe_dump(config))
         address = ["--address", self.nodes.dashboard]
         subprocess.run([SERVE, "deploy", *address, str(file)], cwd=ROOT, env=self.environment, check=True, timeout=120)
+
+    def status(self) -> str:
+        """Return what Serve says of its applications and deployments."""
+        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        return LOOK.get(f"{self.nodes.dashboard}/api/serve/applications/", headers=headers, timeout=60).text
+
+
+@contextmanager
+def load(url: str, users: int) -> Iterator[list[str]]:
+    """Keep so many users asking, each one short stream after another; how their requests ended, as they do."""
+    ends: list[str] = []
+    stop = threading.Event()
+
+    def user(name: int) -> None:
+        turn = 0
+        while not stop.is_set():
+            turn += 1
+            messages = [{"role": "user", "content": f"I am {name}, this is {turn}"}]
+            body = {"messages": messages, "max_tokens": 12, "stream": True, "ignore_eos": True}
+            ends.append(_end(f"{url}/v1/chat/completions", body))
+
+    with ThreadPoolExecutor(users) as pool:
+        running = [pool.submit(user, name) for name in range(users)]
+        try:
+            yield ends
+        finally:
+            stop.set()
+    for each in running:
+        each.result()
 
 
 def _listened(process: psutil.Process) -> set[int]:
@@ -141,7 +159,7 @@ def _listened(process: psutil.Process) -> set[int]:
 def _end(url: str, body: dict[str, Any]) -> str:
     """How one streamed request ends: `ok`, a status and its error code, or what broke its connection."""
     try:
-        answer = httpx.post(url, json=body, timeout=180)
+        answer = LOOK.post(url, json=body, timeout=180)
     except httpx.TransportError as error:
         return type(error).__name__
     if answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n"):
@@ -156,8 +174,7 @@ def configuration(port: int, **changes: object) -> dict[str, Any]:
     """Return the demo's own deploy file with another port and these changes to its profile."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "deploy/demo-cpu.yaml").read_text())
     config["http_options"]["port"] = port
-    patient = {"server.hang_s": 60, "limits.deadline_s": 180, "limits.stall_s": 60}
-    config["applications"][0]["args"]["set"] |= {"model.path": str(demo.materialise()), **patient, **changes}
+    config["applications"][0]["args"]["set"] |= {"model.path": str(demo.materialise()), **GENTLE, **changes}
     return config
 
 
@@ -225,8 +242,8 @@ def cluster(redis: Redis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "RAY_AUTH_TOKEN": uuid4().hex,
         "RAY_REDIS_ADDRESS": redis.address,
         **clusters.direct(FIRST_PORT),
+        **clusters.ALIKE,
         "RAY_SERVE_INGRESS_REQUEST_ROUTER_METRICS_ENABLED": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
     }
     log = folder / "serve.log"
     nodes = Nodes(environment)

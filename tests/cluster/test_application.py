@@ -47,6 +47,13 @@ def test_application_keeps_tensor_parallel_workers_on_one_node(stages: int, stra
     assert found["engine"]["tensor_parallel_size"] == 2
 
 
+@pytest.mark.parametrize(("cpus", "threads"), [(0.5, "1"), (1, "1"), (6, "6")])
+def test_application_gives_engines_on_one_machine_cores_of_their_own(cpus: float, threads: str) -> None:
+    environment = application("demo-cpu", f"cluster.cpus={cpus}")["environment"]
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert environment["OMP_NUM_THREADS"] == threads
+
+
 def test_application_leaves_time_to_drain(tmp_path: Path) -> None:
     deployment = application("7b-h100", "server.drain_s=45")["deployment"]
     assert deployment["graceful_shutdown_timeout_s"] > 45

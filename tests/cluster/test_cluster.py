@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 
+from loadtests.servers import LOOK
 from tests import promql
 from tests.cluster.conftest import ROOT, Cluster, configuration
 from tests.waiting import wait_until
@@ -19,7 +20,7 @@ CHAT = "/v1/chat/completions"
 
 def ask(cluster: Cluster, text: str, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
     body = {"messages": [{"role": "user", "content": text}], "max_tokens": 2, **more}
-    return httpx.post(cluster.url + CHAT, json=body, headers=headers, timeout=180)
+    return LOOK.post(cluster.url + CHAT, json=body, headers=headers, timeout=180)
 
 
 def who_answers(cluster: Cluster, text: str, headers: dict[str, str] | None = None, **more: Any) -> str:
@@ -86,7 +87,7 @@ def test_cluster_keeps_a_conversation_where_its_cache_is(cluster: Cluster) -> No
 def test_cluster_shows_every_metric_of_its_dashboards(cluster: Cluster, targets: list[str]) -> None:
     def names() -> set[str]:
         found = set()
-        pages = [httpx.get(f"http://{target}/metrics", timeout=30).text for target in targets]
+        pages = [LOOK.get(f"http://{target}/metrics", timeout=30).text for target in targets]
         port = cluster.environment["RAY_SERVE_HAPROXY_METRICS_PORT"]
         pages.append(httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text)
         for page in pages:
@@ -149,6 +150,24 @@ def test_cluster_replaces_a_lost_engine_while_the_other_serves(cluster: Cluster)
     after = cluster.replicas()
     assert before[0].name not in {replica.name for replica in after}
     assert {replica.version["checkpoint"]["root"] for replica in after} == {before[0].version["checkpoint"]["root"]}
+
+
+def test_cluster_lets_no_other_checkpoint_join(cluster: Cluster) -> None:
+    before = cluster.replicas()
+    port = int(cluster.url.rpartition(":")[2])
+    cluster.deploy(configuration(port, **{"cluster.expect_root": "0" * 64}))
+    statuses: list[int] = []
+
+    def refused() -> bool:
+        statuses.append(ask(cluster, f"Hi, number {len(statuses)}", max_tokens=1).status_code)
+        root = before[0].version["checkpoint"]["root"]
+        return f"the checkpoint's root must be {'0' * 64}, got {root}" in cluster.status()
+
+    wait_until("the replica says why it does not start", refused, 240)
+    assert set(statuses) == {200}
+    assert {replica.name for replica in cluster.replicas()} <= {replica.name for replica in before}
+    cluster.deploy(configuration(port))
+    wait_until("two replicas again", lambda: len(cluster.replicas()) == 2, 240)
 
 
 def test_cluster_changes_the_identity_without_a_failed_request(cluster: Cluster, tmp_path: Path) -> None:

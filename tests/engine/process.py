@@ -16,6 +16,8 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from loadtests.servers import LOOK
+
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "configs" / "demo-cpu.yaml"
 PATIENT = (
@@ -47,7 +49,7 @@ class Server:
     def metrics(self) -> dict[str, float]:
         """Return what /metrics shows: sample name -> value, summed over labels."""
         values: dict[str, float] = defaultdict(float)
-        for family in text_string_to_metric_families(httpx.get(f"{self.base_url}/metrics", timeout=30).text):
+        for family in text_string_to_metric_families(LOOK.get(f"{self.base_url}/metrics", timeout=30).text):
             for sample in family.samples:
                 values[sample.name] += sample.value
         return dict(values)
@@ -146,7 +148,7 @@ def _wait_until_ready(server: Server) -> None:
         if status is not None:
             raise RuntimeError(f"the server ended with status {status} before it was ready:\n{server.tail()}")
         with suppress(httpx.TransportError):
-            if httpx.get(f"{server.base_url}/ready", timeout=5).status_code == 200:
+            if LOOK.get(f"{server.base_url}/ready", timeout=5).status_code == 200:
                 return
         time.sleep(0.25)
     raise RuntimeError(f"the server was not ready within {READY_S:g} s:\n{server.tail()}")

@@ -25,6 +25,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from loadtests.servers import LOOK
 from tests.engine.process import Server, living, running
 from tests.waiting import wait_until
 
@@ -85,11 +86,11 @@ class Clients:
     def ready(self) -> int:
         """Return the status of /ready, 0 when nobody listens any more."""
         with suppress(httpx.TransportError):
-            return httpx.get(self.url + "/ready", timeout=5).status_code
+            return LOOK.get(self.url + "/ready", timeout=5).status_code
         return 0
 
     def metrics(self) -> str:
-        return httpx.get(self.url + "/metrics", headers=self.headers, timeout=30).text
+        return LOOK.get(self.url + "/metrics", headers=self.headers, timeout=30).text
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of a metric's samples that have these labels."""
