@@ -8,7 +8,12 @@ import hashlib
 import logging
 import os
 import re
+import secrets
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from socket import socket
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
@@ -19,8 +24,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from borg_serve.chat_client import Client, Settings, Update
+from borg_serve.config import cache_directory
 
-__all__ = ["application", "page", "serve"]
+__all__ = ["application", "page", "serve", "storage_secret"]
 
 TITLE = "Borg Merge v1"
 DESCRIPTION = """
@@ -56,6 +62,9 @@ EXAMPLES = (
     "If 5 machines make 100 widgets in 4 hours, how many do 8 machines make in 6 hours?",
     "Name three specific advantages of renewable energy.",
 )
+PLACEHOLDER = "Ask the collective. Enter sends, Shift+Enter begins a new line."
+STORAGE = "borg-serve-conversations"
+"""The name under which a browser keeps them."""
 HEIGHT_PX = 500
 LOOK_S = 10
 LATEX: list[dict[str, str | bool]] = [
@@ -87,8 +96,36 @@ POLICY = (
 logger = logging.getLogger(__name__)
 
 
-def page(client: Client) -> gr.Blocks:
-    """The page. Every session asks through this one client."""
+def storage_secret(file: Path) -> str:
+    """What browsers encrypt the conversations with that they keep: the same for every run of the page by this user.
+
+    Kept in a file that only its owner may read. Where none can be kept, a new one and a warning.
+    """
+    with suppress(OSError):
+        if (kept := file.read_text(encoding="ascii").strip()) != "":
+            return kept
+    made = secrets.token_hex(16)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=file.parent)  # readable by its owner only
+        with os.fdopen(descriptor, "w") as written:
+            written.write(made)
+        with suppress(FileExistsError):
+            os.link(name, file)  # unlike a rename, it leaves alone what a page that started beside this one has made
+        os.unlink(name)
+        return file.read_text(encoding="ascii").strip() or made
+    except OSError as error:
+        logger.warning(
+            "%s: the page's storage secret cannot be kept, got %s. Conversations in browsers are lost at the next "
+            "start; make the directory writable.",
+            file,
+            error,
+        )
+        return made
+
+
+def page(client: Client, secret: str) -> gr.Blocks:
+    """The page. Every session asks through this one client; `secret` is what browsers encrypt conversations with."""
 
     async def answer(
         message: str,
@@ -126,7 +163,7 @@ def page(client: Client) -> gr.Blocks:
                 elem_id="chat",
             ),
             textbox=gr.Textbox(
-                placeholder="Ask the collective. Enter sends, Shift+Enter begins a new line.",
+                placeholder=PLACEHOLDER,
                 show_label=False,
                 label="Message",
                 container=False,
@@ -159,6 +196,18 @@ def page(client: Client) -> gr.Blocks:
             show_progress="hidden",
         )
         chat.new_chat_button.icon = None  # Gradio would serve it by its path on this machine
+        # Gradio draws a secret for each process, and names the storage after how many components there are: a page
+        # that was started again, or a new version of it, would find none of the conversations in a browser.
+        chat.saved_conversations.secret = secret
+        chat.saved_conversations.storage_key = STORAGE
+        # Gradio empties the box's placeholder with every message; an answer's end, when it is saved, brings it back.
+        chat.saved_conversations.change(
+            lambda: gr.update(placeholder=PLACEHOLDER),
+            outputs=chat.textbox,
+            api_visibility="private",
+            queue=False,
+            show_progress="hidden",
+        )
         blocks.load(look, outputs=banner, api_visibility="private", queue=False, show_progress="hidden")
         gr.Timer(LOOK_S).tick(look, outputs=banner, api_visibility="private", queue=False, show_progress="hidden")
     return blocks
@@ -196,7 +245,7 @@ def application(client: Client) -> FastAPI:
         response.headers["referrer-policy"] = "no-referrer"
         return response
 
-    blocks = page(client)
+    blocks = page(client, storage_secret(cache_directory() / "page-secret"))
     blocks.queue(max_size=None, default_concurrency_limit=None, api_open=False)
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
         # Its own colours are a little too pale to be read by everyone (WCAG asks for a contrast of 4.5).
@@ -204,12 +253,22 @@ def application(client: Client) -> FastAPI:
         block_title_text_color="*primary_800",
         block_info_text_color="*neutral_600",
     )
+    app.state.blocks = blocks
     gr.mount_gradio_app(
         app, blocks, "/", ssr_mode=False, show_error=False, footer_links=[], theme=theme, css=CSS, run_history=False
     )
     return app
 
 
+class _Server(uvicorn.Server):
+    """Ends the streams by which open tabs show that they are there; uvicorn would wait for them."""
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        self.config.app.state.blocks.app.stop_event.set()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
 def serve(client: Client, host: str, port: int) -> None:
     """Serve the page until SIGINT or SIGTERM."""
-    uvicorn.run(application(client), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(application(client), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    _Server(config).run()

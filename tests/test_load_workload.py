@@ -17,9 +17,7 @@ NO_LIMIT = (10**9, 10**9)
         ("mooncake", (6909, 27367), (350, 597)),
     ],
 )
-def test_workload_lengths_are_those_of_the_source(
-    name: str, prompt: tuple[int, int], output: tuple[int, int]
-) -> None:
+def test_workload_lengths_are_those_of_the_source(name: str, prompt: tuple[int, int], output: tuple[int, int]) -> None:
     turns = [session.turns[0] for session in sessions([0.0] * 20_000, WORKLOADS[name], 1, NO_LIMIT)]
     for lengths, (p50, p90) in (
         ([turn.prompt_tokens for turn in turns], prompt),
