@@ -92,7 +92,7 @@ compare: setup ## our server, vLLM's, Ray Serve LLM and the original app in turn
 tails: setup ## ours beside vLLM's server for identities that end elsewhere in a KV block, into docs/results/tails-cpu.md
 	$(BIN)/python -m loadtests.tails $(ARGS)
 
-crosscheck: setup ## others' benchmarks beside ours on a running server: make crosscheck [HOST= ARGS=], into build/crosscheck
+crosscheck: setup ## others' benchmarks beside ours on a running server: make crosscheck [HOST= ARGS=], into docs/results/crosscheck.md
 	$(BIN)/python -m loadtests.crosscheck --host $(HOST) $(ARGS)
 
 fuzz: setup ## hostile requests on every route of a real server: make fuzz [EXAMPLES=20000]

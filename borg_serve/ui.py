@@ -56,13 +56,13 @@ ARC-Challenge +3.16, IFEval +2.64.
 EXAMPLES = (
     "What are you, and how were you built?",
     "Explain the crdt-merge paper: what problem does it solve, and how?",
-    "A jacket costs 80 euros. It is reduced by 30 %, then by another 20 %. What does it cost now? Go step by step.",
+    "A jacket costs 80 euros. It is reduced by 30%, then by another 20%. What does it cost now? Go step by step.",
     "How do supervised and unsupervised learning differ? Give a real example of each.",
     "Write a Python function that returns the longest common subsequence of two strings, and explain it.",
     "If 5 machines make 100 widgets in 4 hours, how many do 8 machines make in 6 hours?",
     "Name three specific advantages of renewable energy.",
 )
-PLACEHOLDER = "Ask the collective. Enter sends, Shift+Enter begins a new line."
+PLACEHOLDER = "Ask the collective. Enter sends."
 STORAGE = "borg-serve-conversations"
 """The name under which a browser keeps them."""
 HEIGHT_PX = 500
@@ -73,14 +73,22 @@ LATEX: list[dict[str, str | bool]] = [
 ]
 CSS = """
 footer { display: none !important }
-.banner { border-left: 4px solid #d97706; background: #fef3c7; color: #451a03; padding: .6rem 1rem; border-radius: 6px }
-.banner p { color: inherit }
-#chat .example { border: 1px solid var(--border-color-primary); border-radius: 8px }
-#chat .thought-group { border: none; padding: 0; margin: .5rem 0 0; background: none; font-size: .8rem; opacity: .85 }
-#message textarea { border: 1px solid var(--border-color-primary) }
-.min_value, .max_value { color: var(--body-text-color) !important }
-#chat .thought-group .arrow { display: none }
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important }
+.gradio-container h1 { text-align: left !important; margin: .25rem 0 0 !important }
+#banner { border-left: 4px solid #d97706; background: #fef3c7; padding: .6rem 1rem; border-radius: 6px }
+#banner p { color: #451a03 }
+#chat, .gr-accordion { border: 1px solid var(--border-color-primary) !important; border-radius: 12px }
+#chat .example { border: 1px solid var(--border-color-primary); border-radius: 8px }
+#chat .message-content :is(h1, h2, h3, h4) { font-size: 1.1em; margin: .6em 0 .3em !important }
+#chat .message-content :is(ol, ul, table) { margin: .6em 0 }
+#chat .thought-group { border: none; padding: 0; margin: .5rem 0 0; background: none; font-size: .8rem; opacity: .85 }
+#chat .thought-group .arrow { display: none }
+#message .input-container { border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 4px }
+#message textarea { border: none; background: none; box-shadow: none }
+[role=grid] { border: none !important }
+[role=grid] td { text-align: left !important; padding: .4rem .6rem !important }
+.min_value, .max_value { color: var(--body-text-color) !important }
+@media (max-width: 640px) { .gradio-container main { padding: 12px !important } }
 """
 ROUTES = re.compile(
     r"/(|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static|svelte)/.*"
@@ -147,7 +155,7 @@ def page(client: Client, secret: str) -> gr.Blocks:
 
     blocks: gr.Blocks
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
-        banner = gr.Markdown(visible=False, elem_classes="banner", elem_id="banner")
+        banner = gr.Markdown(visible=False, elem_id="banner")
         chat = gr.ChatInterface(
             answer,
             title=TITLE,

@@ -85,7 +85,10 @@ def measure(config: Config, identities: Sequence[tuple[Path, int]], rounds: int,
             row: dict[str, Any] = {"tail": tail, "tokens": tokens, "ours": [], "stock": []}
             with servers.running("ours", command, port, "/ready", folder / f"ours-{tail}.log") as ours:
                 ours.pause()
-                sides = {"ours": (ours, None), "stock": (stock, file.read_text(encoding="utf-8"))}
+                sides: dict[str, tuple[Any, str | None]] = {
+                    "ours": (ours, None),
+                    "stock": (stock, file.read_text(encoding="utf-8")),
+                }
                 for number in range(rounds):
                     for name in ("ours", "stock") if number % 2 == 0 else ("stock", "ours"):
                         server, system = sides[name]
@@ -104,7 +107,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     """The report for a person."""
 
     def of(row: Mapping[str, Any], name: str, key: str) -> float:
-        return median(result[key] for result in row[name])
+        return float(median(result[key] for result in row[name]))
 
     heads = ["tail, tokens", "identity, tokens", "computed a request, ours", "stock", "output tokens/s, ours", "stock"]
     heads += ["ours / stock", "TTFT p50 ms, ours", "stock", "ours / stock", "failed"]

@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 
 from borg_serve import comparison
 from borg_serve.cli import app
+from borg_serve.config import load
 from borg_serve.errors import ConfigError
 from loadtests import compare as ways
-from loadtests.contenders import GROUPS, group_of
+from loadtests import tails
+from loadtests.contenders import GROUPS, contenders, group_of
 from loadtests.records import Outcome
 from loadtests.summary import document
 from tests.loads import many, record, run
@@ -118,6 +120,22 @@ def test_five_ways_are_judged_by_their_ratios() -> None:
 def test_five_ways_without_five_rounds_have_no_intervals() -> None:
     assert all(row.get("ours_by_ttft_ms") is None for row in five_ways(2)["summary"])
     assert ways.markdown(five_ways(2))
+
+
+def test_five_ways_put_those_at_the_ends_that_cannot_be_paused() -> None:
+    found = contenders(load(Path("configs/demo-cpu.yaml")), Path("unused"))
+    names = [one.name for one in ways.order(found)]
+    assert sorted(names) == sorted(one.name for one in found)
+    assert {names[0], names[-1]} == {one.name for one in found if not one.stays}
+
+
+def test_tails_are_shown_beside_what_was_computed() -> None:
+    block = {"output_tokens_per_s": 100.0, "ttft_ms": 200.0, "computed": 100.0, "failed": 0}
+    slower = {"output_tokens_per_s": 50.0, "ttft_ms": 800.0, "computed": 196.0, "failed": 1}
+    row = {"tail": 112, "tokens": 2416, "ours": [block] * 3, "stock": [slower] * 3}
+    machine = {"cores": 2, "processor": "x"}
+    text = tails.markdown({"command": "c", "vllm": "1", "machine": machine, "rounds": 3, "shipped": 16, "rows": [row]})
+    assert "| 112 | 2416 | 100 | 196 | 100.0 | 50.0 | 2.00 | 200 | 800 | 0.25 | 3 |" in text
 
 
 @pytest.mark.parametrize(
