@@ -74,6 +74,7 @@ LATEX: list[dict[str, str | bool]] = [
 CSS = """
 footer { display: none !important }
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important }
+.gradio-container .main.fillable { padding: clamp(12px, 3vw, 32px) !important }
 .gradio-container h1 { text-align: left !important; margin: .25rem 0 0 !important }
 #banner { border-left: 4px solid #d97706; background: #fef3c7; padding: .6rem 1rem; border-radius: 6px }
 #banner p { color: #451a03 }
@@ -88,7 +89,11 @@ footer { display: none !important }
 [role=grid] { border: none !important }
 [role=grid] td { text-align: left !important; padding: .4rem .6rem !important }
 .min_value, .max_value { color: var(--body-text-color) !important }
-@media (max-width: 640px) { .gradio-container main { padding: 12px !important } }
+.gr-group:has(#message), .styler:has(#message) { background: none !important; border-radius: 12px !important }
+@media (max-width: 640px) {
+  #chat .examples { gap: .4rem; padding: .5rem }
+  #chat .example { padding: .5rem .7rem }
+}
 """
 ROUTES = re.compile(
     r"/(|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static|svelte)/.*"
