@@ -93,8 +93,9 @@ class ChatPage:
     def stop(self) -> None:
         """End it as a supervisor does."""
         assert self.process is not None
-        self.process.terminate()
-        assert self.process.wait(60) in (0, -15)
+        with self.process as process:
+            process.terminate()
+            assert process.wait(60) in (0, -15)
 
 
 @contextmanager

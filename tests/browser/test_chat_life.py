@@ -101,7 +101,7 @@ def test_make_chat_leaves_no_process_when_it_is_ended(api: Api) -> None:
     with subprocess.Popen(words, cwd=ROOT, env=environment(), start_new_session=True) as process:
         page = f"http://127.0.0.1:{port}"
         try:
-            wait_until("the page answers", lambda: answers_at(page))
+            wait_until("the page answers", lambda: answers_at(page), 300)
             family = psutil.Process(process.pid).children(recursive=True)
             assert family
             process.terminate()
