@@ -56,8 +56,7 @@ class Block:
 async def block(contender: Contender, running: Running, system: str, users: int, tokens: int, seed: int) -> Block:
     """Measure; raises RuntimeError when every request fails."""
     rng = random.Random(seed)
-    per_user = 3 if users == 1 else 2
-    count = users if contender.name in SEQUENTIAL and users > 1 else users * per_user
+    count = max(1, users // 2) if contender.name in SEQUENTIAL else users
     system_message = system if contender.sends_identity else None
     bodies = [{**body(rng, tokens, system_message), "model": contender.model} for _ in range(count)]
     before, mine = running.cpu_s(), time.process_time()
@@ -222,11 +221,11 @@ are this machine's; the ratios, taken in one run, are what to look at.
 {who}
 
 {document["rounds"]} rounds, each contender once in each, forwards and backwards in turn (A B C, C B A); the others are
-paused or not started. A request that is not counted goes first, then two for each user, one where requests come one
-after another. {document["tokens"]} output tokens a request, streamed, greedy, 80 words of its own in every prompt;
-whoever has no identity of its own gets it from the client as the system message. A user sends its next request when the
-last has ended. Figures are medians of the rounds; intervals are 95% bootstrap intervals of the ratio of medians (given
-from five rounds on).
+paused or not started. A request that is not counted goes first, then all users send one at once. {document["tokens"]}
+output tokens a request, streamed, greedy, 80 words of its own in every prompt; whoever has no identity of its own gets
+it from the client as the system message. Where requests are worked on one after another only every other user sends
+one: its tokens/s are the same, its TTFT comes out too low. Figures are medians of the rounds; intervals are 95%
+bootstrap intervals of the ratio of medians (given from five rounds on).
 
 TTFT: from sending to the first event with content, median within a block; for a server that works one request after
 another it holds the wait for those before. TPOT: (last content event - first) / (tokens - 1). Tokens are the server's
