@@ -28,7 +28,7 @@ from loadtests.tables import table, write
 
 BLOCK = 128
 """vLLM's default on a CPU."""
-USERS, REQUESTS, TOKENS = 8, 16, 64
+USERS, REQUESTS, TOKENS = 8, 8, 64
 
 
 def padded(config: Config, tails: Sequence[int], folder: Path) -> tuple[int, list[tuple[Path, int]]]:
