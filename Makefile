@@ -16,7 +16,7 @@ HINT := "make setup: .venv is not complete, the next make starts it again. If to
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system serve chat cluster-demo test test-pure check fix bench-overhead overload soak calibrate load compare crosscheck fuzz lock clean
+.PHONY: help setup system serve chat cluster-demo test test-pure check fix bench-overhead overload soak calibrate load compare tails crosscheck fuzz lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -39,11 +39,12 @@ serve: setup ## serve a profile: make serve [PORT=8000] [PROFILE=demo-cpu]
 	@if [ $(PROFILE) = demo-cpu ]; then $(BIN)/borg-serve demo-model; fi
 	@$(BIN)/borg-serve serve --config configs/$(PROFILE).yaml --set server.port=$(PORT)
 
+# Whatever ends it, what it started ends before it; what it waits for runs in the background, so that a signal is heard at once.
 chat: setup ## the chat page, and a server behind it if none answers: make chat [PORT=8000] [PAGE_PORT=7860]
-	@$(BIN)/borg-serve demo-model; server=; if ! $(BIN)/python -c 'import httpx; httpx.get("http://127.0.0.1:$(PORT)/health", timeout=2)' 2>/dev/null; then \
-	$(BIN)/borg-serve serve --config configs/$(PROFILE).yaml --set server.port=$(PORT) & server=$$!; fi; \
-	$(BIN)/borg-serve ui --api http://127.0.0.1:$(PORT) --port $(PAGE_PORT) & page=$$!; \
-	trap 'kill $$page $$server 2>/dev/null; wait' INT TERM EXIT; wait $$page
+	@pids=; trap 'kill $$pids 2>/dev/null; wait' EXIT; trap 'exit 0' INT TERM; $(BIN)/borg-serve demo-model & pids=$$!; wait $$pids || exit; pids=; \
+	if ! $(BIN)/python -c 'import httpx; httpx.get("http://127.0.0.1:$(PORT)/health", timeout=2)' 2>/dev/null; then \
+	$(BIN)/borg-serve serve --config configs/$(PROFILE).yaml --set server.port=$(PORT) & pids="$$pids $$!"; fi; \
+	$(BIN)/borg-serve ui --api http://127.0.0.1:$(PORT) --port $(PAGE_PORT) & page=$$!; pids="$$pids $$page"; wait $$page
 
 cluster-demo: setup ## two replicas of the demo on a Ray cluster of this machine: make cluster-demo [PORT=8000]
 	@$(BIN)/borg-serve demo-model && mkdir -p build && sed 's/port: 8000/port: $(PORT)/' deploy/demo-cpu.yaml > build/demo-cpu.yaml
@@ -85,10 +86,13 @@ load: LOCUST = --rate $(RATE) --duration $(DURATION) $(if $(filter-out 1,$(PROCE
 load: setup ## judge a running server: make load PROFILE=steady [HOST= RATE=1 DURATION=60 SLO= PROCESSES=1 WEB=1 ARGS=]; report in build/load
 	@$(BIN)/python -m loadtests.load $(patsubst demo-cpu,steady,$(PROFILE)) --host $(HOST) $(if $(SLO),--slo $(SLO)) $(if $(WEB),--web) $(LOCUST)
 
-compare: setup ## our server, vLLM's, Ray Serve LLM and the original app in turn: make compare [ROUNDS=5], into docs/results/compare-cpu.md
-	$(BIN)/python -m loadtests.compare --rounds $(ROUNDS)
+compare: setup ## our server, vLLM's, Ray Serve LLM and the original app in turn: make compare [ROUNDS=5 ARGS=], into docs/results/compare-cpu.md
+	$(BIN)/python -m loadtests.compare --rounds $(ROUNDS) $(ARGS)
 
-crosscheck: setup ## others' benchmarks beside ours on a running server: make crosscheck [HOST= ARGS=], into build/crosscheck
+tails: setup ## ours beside vLLM's server for identities that end elsewhere in a KV block, into docs/results/tails-cpu.md
+	$(BIN)/python -m loadtests.tails $(ARGS)
+
+crosscheck: setup ## others' benchmarks beside ours on a running server: make crosscheck [HOST= ARGS=], into docs/results/crosscheck.md
 	$(BIN)/python -m loadtests.crosscheck --host $(HOST) $(ARGS)
 
 fuzz: setup ## hostile requests on every route of a real server: make fuzz [EXAMPLES=20000]

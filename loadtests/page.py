@@ -20,15 +20,17 @@ h1{font-size:24px;margin:0 0 2px}h2{font-size:17px;margin:30px 0 8px}p{margin:6p
 .banner{border-radius:8px;padding:12px 16px;margin:16px 0;font-weight:600;color:#fff}
 .met{background:#2e7d4f}.unmet{background:#b3372b}.void{background:#6b4b8a}.open{background:#4d5b6b}
 .banner ul{margin:6px 0 0;padding-left:20px;font-weight:400}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:10px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(230px,45%),1fr));gap:10px}
 .tile{background:#fff;border:1px solid #dfe4ea;border-radius:8px;padding:10px 12px}
 .tile b{display:block;font-size:20px;font-variant-numeric:tabular-nums}.tile span{color:#5b6776;font-size:13px}
 table{border-collapse:collapse;background:#fff;border:1px solid #dfe4ea;font-variant-numeric:tabular-nums;width:100%}
 th,td{padding:5px 10px;border-bottom:1px solid #eceff3;text-align:right;font-size:14px}
 th:first-child,td:first-child{text-align:left}th{background:#eef1f5;font-weight:600}
-.words td{text-align:left;vertical-align:top}.words td:first-child{white-space:nowrap;font-weight:600}
+.wide{overflow-x:auto}
+.words td{overflow-wrap:anywhere;text-align:left;vertical-align:top}
+.words td:first-child{font-weight:600;overflow-wrap:normal;min-width:90px}
 .yes{color:#2e7d4f;font-weight:600}.no{color:#b3372b;font-weight:700}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(440px,1fr));gap:12px}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:12px}
 .plots svg{background:#fff;border:1px solid #dfe4ea;border-radius:8px;width:100%;height:auto;padding:8px;
 box-sizing:border-box}
 svg text{font:11px system-ui,"DejaVu Sans",sans-serif;fill:#3a4653}svg .title{font-size:13px;font-weight:600}
@@ -220,11 +222,13 @@ def agreement(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['server']:,.0f}",
             "" if row["own"] is None else f"{row['own']:,.0f}",
             "not in usage" if row["clients"] is None else f"{row['clients']:,.0f}",
-            "" if row["apart"] is None else f"{100 * row['apart']:.2f} %",
+            "" if row["apart"] is None or "hits" in row["name"] else f"{100 * row['apart']:.2f} %",
         ]
         for row in rows
     ]
-    return table(["counter", "server", "of these the watchdog's", "clients, warm-up included", "apart"], shown)
+    said = "<p class='sub'>Cache hits are not judged: the watchdog's are among the server's, and unknown.</p>"
+    heads = ["counter", "server", "of these the watchdog's", "clients, warm-up included", "apart"]
+    return table(heads, shown) + said
 
 
 def calibration(found: Mapping[str, Any] | None, figures: Mapping[str, Any]) -> str:
@@ -276,7 +280,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]], *, escaped: bo
         "<tr>" + "".join(f"<td>{cell if escaped else html.escape(str(cell))}</td>" for cell in row) + "</tr>"
         for row in rows
     )
-    return f'<table class="{kind}">{f"<tr>{top}</tr>" if heads else ""}{body}</table>'
+    return f'<div class="wide"><table class="{kind}">{f"<tr>{top}</tr>" if heads else ""}{body}</table></div>'
 
 
 def words(rows: Mapping[str, object]) -> str:

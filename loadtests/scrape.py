@@ -75,7 +75,7 @@ class Scraper:
             answer.raise_for_status()
             found = values(answer.text)
         except (httpx.HTTPError, ValueError) as error:
-            self.problem = f"{type(error).__name__}: {error}"
+            self.problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             return
         if found:
             self.samples.append((now, found))

@@ -12,7 +12,7 @@ from typing import Literal
 __all__ = ["Series", "plot"]
 
 WIDTH, HEIGHT = 560, 260
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 44
+LEFT, RIGHT, TOP, BOTTOM = 58, 26, 34, 44
 COLOURS = ("#1f5fa8", "#c4571b", "#2e7d4f", "#8a4fa3")
 
 
@@ -124,7 +124,8 @@ def plot(
             parts.append(f'<circle cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3" fill="{colour}"/>')
         else:
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+            dashes = ' stroke-dasharray="5 4"' if index else ""  # lines on top of each other are both to be seen
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.6"{dashes}/>')
         if len(drawn) > 1:
             parts.append(f'<rect x="{at}" y="21" width="10" height="4" fill="{colour}"/>')
             parts.append(f'<text x="{at + 14}" y="27" class="legend">{html.escape(one.label)}</text>')

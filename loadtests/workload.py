@@ -1,8 +1,7 @@
 """What requests ask: lengths from distributions with published parameters, and texts of which no two begin alike.
 
 It knows no tokenizer: a prompt's length is asked for in words that are one token in common vocabularies, and the report
-gives the server's own count. A log-normal whose one published parameter is its mean or median gets the spread below,
-which is ours.
+gives the server's own count.
 """
 
 import math
@@ -15,8 +14,8 @@ from loadtests.streaming import WORDS
 
 __all__ = ["WORKLOADS", "Cache", "Lengths", "Session", "Turn", "Workload", "message", "sessions"]
 
-SIGMA = 1.0
-"""Of the logarithm: the 90th percentile is 3.6 times the median."""
+Z90 = 1.2816
+"""The standard normal distribution's 90th percentile."""
 
 Cache = Literal["cold", "warm", "unshared"]
 """cold: no warm-up, for a server that was just started. warm: some requests go first and are not counted. unshared: as
@@ -25,18 +24,14 @@ warm, but every text begins with the time, so that nothing after the identity ca
 
 @dataclass(frozen=True)
 class Lengths:
-    """Log-normal lengths in tokens, cut to [1, limit]; `fixed` gives every request the median."""
+    """Log-normal lengths in tokens through a median and a 90th percentile, cut to [1, limit]."""
 
     median: float
-    fixed: bool = False
-
-    @classmethod
-    def of_mean(cls, mean: float) -> "Lengths":
-        return cls(mean / math.exp(SIGMA**2 / 2))
+    p90: float
 
     def draw(self, rng: random.Random, limit: int) -> int:
-        value = self.median if self.fixed else rng.lognormvariate(math.log(self.median), SIGMA)
-        return max(1, min(limit, round(value)))
+        sigma = math.log(self.p90 / self.median) / Z90
+        return max(1, min(limit, round(rng.lognormvariate(math.log(self.median), sigma))))
 
 
 @dataclass(frozen=True)
@@ -48,36 +43,27 @@ class Workload:
     source: str
 
 
+# Medians and 90th percentiles were computed from the traces themselves, every request counted.
+AZURE = (
+    "Azure LLM inference trace 2023 (github.com/Azure/AzurePublicDataset, data/AzureLLMInferenceTrace_{}.csv, {:,} "
+    "requests; CC BY), of Patel et al., Splitwise, ISCA 2024: prompt p50 {:,}, p90 {:,}; output p50 {}, p90 {}"
+)
 WORKLOADS = {
-    "alpaca": Workload(
-        Lengths.of_mean(19.31),
-        Lengths.of_mean(58.45),
-        "Alpaca, mean 19.31 prompt and 58.45 output tokens: Kwon et al., Efficient Memory Management for Large "
-        "Language Model Serving with PagedAttention, SOSP 2023, figure 11",
-    ),
-    "sharegpt": Workload(
-        Lengths.of_mean(161.31),
-        Lengths.of_mean(337.99),
-        "ShareGPT, mean 161.31 prompt and 337.99 output tokens: Kwon et al., SOSP 2023, figure 11",
+    "short": Workload(
+        Lengths(12, 43), Lengths(35, 126), "questions short enough for two CPU cores; our choice, from no publication"
     ),
     "azure-conversation": Workload(
-        Lengths(1020),
-        Lengths(129),
-        "Azure conversation trace of 2023, median 1,020 prompt and 129 output tokens: "
-        "Patel et al., Splitwise, ISCA 2024",
+        Lengths(1020, 2735), Lengths(129, 424), AZURE.format("conv", 19366, 1020, 2735, 129, 424)
     ),
-    "azure-code": Workload(
-        Lengths(1500),
-        Lengths(13),
-        "Azure coding trace of 2023, median 1,500 prompt and 13 output tokens: Patel et al., Splitwise, ISCA 2024",
-    ),
+    "azure-code": Workload(Lengths(1469, 5194), Lengths(13, 55), AZURE.format("code", 8819, 1469, 5194, 13, 55)),
     "mooncake": Workload(
-        Lengths.of_mean(7590),
-        Lengths.of_mean(182),
-        "Kimi's trace, mean 7,590 prompt and 182 output tokens: Qin et al., Mooncake, 2024",
+        Lengths(6909, 27367),
+        Lengths(350, 597),
+        "Kimi's conversation trace (github.com/kvcache-ai/Mooncake, FAST25-release/traces/conversation_trace.jsonl, "
+        "12,031 requests), of Qin et al., Mooncake, FAST 2025: prompt p50 6,909, p90 27,367; output p50 350, p90 597",
     ),
     "fixed": Workload(
-        Lengths(80, fixed=True), Lengths(100_000, fixed=True), "80 prompt words and the longest answer allowed, always"
+        Lengths(80, 80), Lengths(100_000, 100_000), "80 prompt words and the longest answer allowed, always"
     ),
 }
 

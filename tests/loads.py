@@ -32,6 +32,6 @@ def many(count: int, slower: float = 1.0, seed: int = 0) -> list[Record]:
 
 def run(**changes: Any) -> dict[str, Any]:
     """What Locust's side says of a run."""
-    options = {"host": "http://x", "rate": 1.0, "duration": 10.0, "seed": 0, "workload": "alpaca", "cache": "warm"}
+    options = {"host": "http://x", "rate": 1.0, "duration": 10.0, "seed": 0, "workload": "short", "cache": "warm"}
     phases = [{"phase": 0, "begin_us": 0, "sessions": 1}]
     return {"profile": "steady", "whole": True, "cpu_warning": False, "phases": phases, "options": options, **changes}

@@ -1,6 +1,6 @@
 """Workloads: lengths as published, no two texts alike."""
 
-from statistics import mean, median
+from statistics import mean, median, quantiles
 
 import pytest
 
@@ -10,25 +10,28 @@ NO_LIMIT = (10**9, 10**9)
 
 
 @pytest.mark.parametrize(
-    ("name", "statistic", "prompt", "output"),
+    ("name", "prompt", "output"),
     [
-        ("alpaca", mean, 19.31, 58.45),
-        ("sharegpt", mean, 161.31, 337.99),
-        ("azure-conversation", median, 1020, 129),
-        ("azure-code", median, 1500, 13),
-        ("mooncake", mean, 7590, 182),
+        ("azure-conversation", (1020, 2735), (129, 424)),
+        ("azure-code", (1469, 5194), (13, 55)),
+        ("mooncake", (6909, 27367), (350, 597)),
     ],
 )
-def test_workload_lengths_are_those_of_the_source(name: str, statistic: object, prompt: float, output: float) -> None:
+def test_workload_lengths_are_those_of_the_source(name: str, prompt: tuple[int, int], output: tuple[int, int]) -> None:
     turns = [session.turns[0] for session in sessions([0.0] * 20_000, WORKLOADS[name], 1, NO_LIMIT)]
-    assert callable(statistic)
-    assert statistic([turn.prompt_tokens for turn in turns]) == pytest.approx(prompt, rel=0.05)
-    assert statistic([turn.output_tokens for turn in turns]) == pytest.approx(output, rel=0.05)
+    for lengths, (p50, p90) in (
+        ([turn.prompt_tokens for turn in turns], prompt),
+        ([turn.output_tokens for turn in turns], output),
+    ):
+        assert median(lengths) == pytest.approx(p50, rel=0.05)
+        assert quantiles(lengths, n=10)[-1] == pytest.approx(p90, rel=0.05)
+        assert all(f"{value:,}" in WORKLOADS[name].source for value in (p50, p90))
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_workload_says_where_its_lengths_were_published(name: str) -> None:
-    assert "20" in WORKLOADS[name].source or name == "fixed"
+    source = WORKLOADS[name].source
+    assert ("github.com/" in source and "et al., " in source) or name in ("short", "fixed")
 
 
 def test_workload_lengths_keep_their_limits() -> None:
@@ -49,7 +52,7 @@ def test_workload_text_has_as_many_words_as_asked() -> None:
 
 
 def test_workload_conversations_have_the_mean_number_of_turns_and_think_between_them() -> None:
-    found = sessions([0.0] * 2000, WORKLOADS["alpaca"], 1, NO_LIMIT, turns=3, think_s=2.0)
+    found = sessions([0.0] * 2000, WORKLOADS["short"], 1, NO_LIMIT, turns=3, think_s=2.0)
     counts = [len(session.turns) for session in found]
     assert set(counts) == {1, 2, 3, 4, 5}
     assert mean(counts) == pytest.approx(3, rel=0.05)
@@ -61,4 +64,4 @@ def test_workload_conversations_have_the_mean_number_of_turns_and_think_between_
 def test_workload_fixed_lengths_do_not_vary() -> None:
     import random
 
-    assert Lengths(32, fixed=True).draw(random.Random(0), 100) == 32
+    assert Lengths(32, 32).draw(random.Random(0), 100) == 32

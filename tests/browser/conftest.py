@@ -2,14 +2,17 @@
 scripted one that says what the real one says rarely.
 """
 
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from borg_serve import demo
 from tests import npm, scripted_api
@@ -19,6 +22,9 @@ from tests.scripted_api import Api
 AXE = "axe-core@4.11.0"
 AXE_SHA256 = "39bed7d72308f6d620789c169d699bfd7e8da80f65b545821a6b2215c3e83107"
 PATIENT_MS = 60_000
+FIGURES = re.compile(r"\d+ tokens? · first after")
+"""The line under an answer that has ended."""
+expect.set_options(timeout=PATIENT_MS)
 KEY = "borg-key-that-no-browser-may-see"
 
 
@@ -34,35 +40,76 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@contextmanager
-def page_before(api: str, *more: str) -> Iterator[str]:
-    """Run the chat page before an API; its address."""
-    port = free_port()
-    process = subprocess.Popen(
-        command("ui", "--api", api, "--port", str(port), *more),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == f"API   {api}\n"
-        assert process.stdout.readline() == f"page  {url}\n"
+def open_page(tab: Page, url: str) -> None:
+    tab.goto(url)
+    expect(tab.locator("#message textarea")).to_be_editable()
+    expect(tab.locator("#chat .example").first.or_(tab.locator("#chat .message").first)).to_be_visible()
+
+
+def send(tab: Page, text: str) -> None:
+    expect(tab.locator("#message textarea")).to_be_editable()
+    tab.fill("#message textarea", text)
+    tab.press("#message textarea", "Enter")
+
+
+def answers(tab: Page) -> list[str]:
+    return tab.locator("#chat [data-testid=bot]").all_inner_texts()
+
+
+@dataclass
+class ChatPage:
+    """The chat page's process; one after another may stand at its address."""
+
+    api: str
+    more: Sequence[str]
+    cache: Path
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[str] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self.process = subprocess.Popen(
+            command("ui", "--api", self.api, "--port", str(self.port), *self.more),
+            cwd=ROOT,
+            env=environment() | {"XDG_CACHE_HOME": str(self.cache)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == f"API   {self.api}\n"
+        assert self.process.stdout.readline() == f"page  {self.url}\n"
         while True:
-            assert process.poll() is None, "the page ended"
+            assert self.process.poll() is None, "the page ended"
             try:
-                httpx.get(url, timeout=60)
-                break
+                httpx.get(self.url, timeout=60)
+                return
             except httpx.TransportError:
                 pass
-        yield url
-        process.terminate()
-        assert process.wait(60) in (0, -15)
+
+    def stop(self) -> None:
+        """End it as a supervisor does."""
+        assert self.process is not None
+        with self.process as process:
+            process.terminate()
+            assert process.wait(60) in (0, -15)
+
+
+@contextmanager
+def page_before(api: str, cache: Path, *more: str) -> Iterator[ChatPage]:
+    """Run the chat page before an API."""
+    page = ChatPage(api, more, cache)
+    try:
+        page.start()
+        yield page
+        page.stop()
     finally:
-        process.kill()
-        process.wait()
+        if page.process is not None:
+            page.process.kill()
+            page.process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -73,12 +120,19 @@ def api() -> Iterator[Api]:
 
 
 @pytest.fixture(scope="session")
-def scripted(api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of the page before the scripted API, with a key."""
-    file = tmp_path_factory.mktemp("key") / "key"
+def scripted_page(api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatPage]:
+    """The page before the scripted API, with a key."""
+    folder = tmp_path_factory.mktemp("page")
+    file = folder / "key"
     file.write_text(KEY + "\n")
-    with page_before(api.url, "--key-file", str(file)) as url:
-        yield url
+    with page_before(api.url, folder, "--key-file", str(file)) as page:
+        yield page
+
+
+@pytest.fixture(scope="session")
+def scripted(scripted_page: ChatPage) -> str:
+    """Address of the page before the scripted API."""
+    return scripted_page.url
 
 
 @pytest.fixture(scope="session")
@@ -89,10 +143,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def real(server: Server) -> Iterator[str]:
+def real(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of the page before the real server."""
-    with page_before(server.base_url) as url:
-        yield url
+    with page_before(server.base_url, tmp_path_factory.mktemp("real")) as page:
+        yield page.url
 
 
 @pytest.fixture

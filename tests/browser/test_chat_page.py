@@ -1,65 +1,17 @@
-"""The chat page as a user has it: sending, streaming, stopping, examples, settings, trouble, reloads, several users."""
+"""The chat page as a user has it: sending, streaming, stopping, examples, settings, trouble, several users."""
 
 import os
-import re
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from loadtests import servers
-from tests.browser.conftest import KEY, PATIENT_MS, user
-from tests.engine.process import Server
+from tests.browser.conftest import FIGURES, KEY, PATIENT_MS, answers, open_page, send, user
 from tests.scripted_api import Api
 from tests.waiting import wait_until
 
-expect.set_options(timeout=PATIENT_MS)
 USERS = 32 if os.environ.get("BORG_TEST_SLOW") else 6
 """Thirty-two browsers take five minutes on two cores."""
-FIGURES = re.compile(r"\d+ tokens? · first after")
-
-
-def open_page(tab: Page, url: str) -> None:
-    tab.goto(url)
-    expect(tab.locator("#message textarea")).to_be_editable()
-    expect(tab.locator("#chat .example").first.or_(tab.locator("#chat .message").first)).to_be_visible()
-
-
-def send(tab: Page, text: str) -> None:
-    expect(tab.locator("#message textarea")).to_be_editable()
-    tab.fill("#message textarea", text)
-    tab.press("#message textarea", "Enter")
-
-
-def answers(tab: Page) -> list[str]:
-    return tab.locator("#chat [data-testid=bot]").all_inner_texts()
-
-
-# ------------------------------------------------------------------------------------------------ the real server
-
-
-def test_page_holds_a_conversation_of_three_turns(tab: Page, real: str) -> None:
-    open_page(tab, real)
-    for number, text in enumerate(("What is the capital of France?", "And of Italy?", "Thank you."), 1):
-        send(tab, text)
-        expect(tab.get_by_text(FIGURES)).to_have_count(number)
-    assert "Paris" in answers(tab)[0]
-
-
-def test_page_stop_ends_the_request_on_the_server(tab: Page, real: str, server: Server) -> None:
-    open_page(tab, real)
-    send(tab, "Tell me a very long story about a ship, its crew and everything that they see.")
-    wait_until("text comes", lambda: any(answers(tab)))
-    if servers.metric(server.base_url, "borg_inflight"):
-        tab.locator("#message .stop-button").click()
-    wait_until("the server is idle", lambda: not servers.metric(server.base_url, "vllm:num_requests_running"))
-    assert not servers.metric(server.base_url, "borg_inflight")
-    assert any(answers(tab)), "what had come is kept"
-    send(tab, "What is the capital of France?")
-    expect(tab.get_by_text(FIGURES).last).to_be_visible()
-
-
-# -------------------------------------------------------------------------------------------- the scripted server
 
 
 def test_page_stop_keeps_the_text_and_leaves_the_stream(tab: Page, scripted: str, api: Api) -> None:
@@ -143,18 +95,6 @@ def test_page_enter_sends_and_shift_enter_breaks_the_line(tab: Page, scripted: s
     tab.keyboard.press("Enter")
     expect(tab.get_by_text(FIGURES)).to_have_count(1)
     assert api.requests[-1]["messages"][-1]["content"] == "first\nsecond"
-
-
-def test_page_conversation_survives_a_reload(tab: Page, scripted: str) -> None:
-    open_page(tab, scripted)
-    send(tab, "remember this")
-    expect(tab.get_by_text(FIGURES)).to_have_count(1)
-    expect(tab.get_by_role("gridcell", name="remember this")).to_be_visible()
-    tab.reload()
-    tab.get_by_role("gridcell", name="remember this").click()
-    expect(tab.locator("#chat [data-testid=bot]").first).to_contain_text("You said: remember this.")
-    send(tab, "and this")
-    expect(tab.get_by_text("You said: and this.")).to_be_visible()
 
 
 @pytest.mark.parametrize(
