@@ -37,8 +37,6 @@ FA_VERSION = 3
 OWN_SPLITS = 1
 """Into how many parts the second pass may cut a row. What is a row's own is short, and there are many rows: one part
 fills the GPU, and saves the pass that would join the parts."""
-OVERLAP = False
-"""Whether the two passes run beside each other, on two streams."""
 
 
 def prefix_tokens(config: VllmConfig) -> int:
@@ -240,11 +238,11 @@ class SharedPrefixImpl(FlashAttentionImpl):
             )
             return result
 
-        overlap = OVERLAP and torch.cuda.is_current_stream_capturing()
+        # In a graph the passes run beside each other: one waits for memory, the other computes. Outside of one, where
+        # steps are long anyway, two streams would only cost the host time.
         main = torch.cuda.current_stream()
-        side = _side_stream() if overlap else main
-        if overlap:
-            side.wait_stream(main)
+        side = _side_stream() if torch.cuda.is_current_stream_capturing() else main
+        side.wait_stream(main)
         with torch.cuda.stream(side):
             prefix_out, prefix_lse = attend(
                 1,
@@ -268,8 +266,7 @@ class SharedPrefixImpl(FlashAttentionImpl):
             scheduler_metadata=attn_metadata.scheduler_metadata,
             num_splits=attn_metadata.max_num_splits,
         )
-        if overlap:
-            main.wait_stream(side)
+        main.wait_stream(side)
         merge(output, own_lse, prefix_out, prefix_lse, prefix.shared)
         return output
 

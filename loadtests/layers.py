@@ -47,7 +47,6 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--fp8", action="store_true", help="FP8 queries and KV cache")
     parser.add_argument("--splits", type=int, help="parts that the second pass may cut a row into")
-    parser.add_argument("--overlap", action="store_true")
     arguments = parser.parse_args()
     import torch
 
@@ -55,7 +54,6 @@ def main() -> None:
     from tests.gpu.steps import Backend, Shape, Step, step
 
     attention.MIN_ROWS = 1
-    attention.OVERLAP = arguments.overlap
     attention.OWN_SPLITS = arguments.splits or attention.OWN_SPLITS
     shape = Shape(prefix=arguments.prefix, block=arguments.block, fp8=arguments.fp8)
     config = shape.config(arguments.model)
@@ -72,7 +70,7 @@ def main() -> None:
         given = step(shape, ["shared"] * batch, batch, arguments.own, exact=True)
         bare = step(replace(shape, prefix=0), ["shared"] * batch, batch, arguments.own, exact=True)
         row = {"batch": batch, "block": shape.block, "fp8": shape.fp8, "own": arguments.own}
-        row |= {"splits": attention.OWN_SPLITS, "overlap": attention.OVERLAP}
+        row["splits"] = attention.OWN_SPLITS
         row |= {f"{name}_us": timed(each, given) for name, each in backends.items()}
         print(json.dumps(row | {"no_prefix_us": timed(backends["stock"], bare)}), flush=True)
 
