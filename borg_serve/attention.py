@@ -7,7 +7,7 @@ FlashAttention backend and how many tokens are shared; not which, nor what they 
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from vllm.config import VllmConfig
@@ -16,7 +16,6 @@ from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
-from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -99,7 +98,7 @@ class Prefix:
 class SharedPrefixBuilder(FlashAttentionMetadataBuilder):
     """Splits each step's rows on the device, into buffers that CUDA graphs may read."""
 
-    supports_update_block_table: ClassVar[bool] = False
+    supports_update_block_table = False
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -197,7 +196,7 @@ class SharedPrefixImpl(FlashAttentionImpl):
 
     def forward(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -216,14 +215,15 @@ class SharedPrefixImpl(FlashAttentionImpl):
         tokens = attn_metadata.num_actual_tokens
         query, output = query[:tokens], output[:tokens]
         cache = [
-            canonicalize_singleton_dim_strides(half) for half in kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+            canonicalize_singleton_dim_strides(half)
+            for half in torch.split(kv_cache.transpose(1, 2), self.head_size, dim=-1)
         ]
         if is_quantized_kv_cache(self.kv_cache_dtype):
             cache = [half.view(torch.float8_e4m3fn) for half in cache]
 
         def attend(rows: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
             scales = (rows, self.num_kv_heads)
-            result: tuple[torch.Tensor, torch.Tensor] = fa_utils.flash_attn_varlen_func(
+            result: tuple[torch.Tensor, torch.Tensor] = _flash_attention()(
                 q=query,
                 k=cache[0],
                 v=cache[1],
@@ -273,7 +273,15 @@ class SharedPrefixImpl(FlashAttentionImpl):
 
 @cache
 def _side_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+@cache
+def _flash_attention() -> Any:
+    """vLLM's FlashAttention; there is none to import where vLLM is for the CPU."""
+    from vllm.v1.attention.backends import fa_utils
+
+    return cast(Any, fa_utils).flash_attn_varlen_func
 
 
 def merge(
@@ -301,7 +309,7 @@ def merge(
     )
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _merge_kernel(  # type: ignore[no-untyped-def]  # pragma: no cover  (runs on the device)
     output,
     own_lse,

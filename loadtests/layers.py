@@ -18,7 +18,7 @@ def microseconds(work: Callable[[], Any], repeats: int = 30) -> float:
     """Median time of a captured graph."""
     import torch
 
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for _ in range(3):
             work()
@@ -28,13 +28,13 @@ def microseconds(work: Callable[[], Any], repeats: int = 30) -> float:
         work()
     times = []
     for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) * 1e3)
-    return median(times)
+    return float(median(times))
 
 
 def main() -> None:

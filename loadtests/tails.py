@@ -76,7 +76,7 @@ def once(url: str, system: str | None, seed: int, tokens: int = TOKENS) -> dict[
 def measure(config: Config, identities: Sequence[tuple[Path, int]], rounds: int, folder: Path) -> list[dict[str, Any]]:
     """A row for each identity: its tokens, and the blocks of both sides."""
     rows = []
-    contender = next(one for one in contenders(config, folder) if one.name == "stock")
+    contender = next(one for one in contenders(config, folder, []) if one.name == "stock")
     with contender.start() as stock:
         stock.pause()
         for file, tokens in identities:

@@ -1,7 +1,7 @@
 """The remembered block hashes against vLLM's own, on vLLM's own requests."""
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +23,7 @@ IDENTITY = [random.Random(0).randrange(150_000) for _ in range(40 * BLOCK + 5)]
 
 def stock() -> Hasher:
     init_none_hash(SHA256)
-    return get_request_block_hasher(BLOCK, SHA256)
+    return cast(Hasher, get_request_block_hasher(BLOCK, SHA256))
 
 
 def request(ids: list[int], hasher: Hasher, **more: Any) -> Request:
@@ -79,10 +79,11 @@ def test_hashes_that_depend_on_more_than_tokens_are_not_remembered() -> None:
 
 
 def test_hashes_are_remembered_where_the_engine_makes_its_hasher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "get_request_block_hasher", core.get_request_block_hasher)
-    plugin.remember_hashes(core)
+    module: Any = core
+    monkeypatch.setattr(module, "get_request_block_hasher", module.get_request_block_hasher)
+    plugin.remember_hashes(module)
     init_none_hash(SHA256)
-    hasher = core.get_request_block_hasher(BLOCK, SHA256)
+    hasher = module.get_request_block_hasher(BLOCK, SHA256)
     assert request(IDENTITY, hasher).block_hashes == request(IDENTITY, stock()).block_hashes
     assert hasher.__module__ == "borg_serve.hashes"
     with pytest.raises(EngineError, match="moved get_request_block_hasher"):

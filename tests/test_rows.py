@@ -33,8 +33,8 @@ def step(given: list[tuple[str, int, int]], seed: int = 0, padding: int = 0) -> 
     blocks = iter((torch.randperm(len(given) * 12 + PREFIX) + 1).tolist())
     common = [next(blocks) for _ in range(PREFIX)]
     table = torch.randint(0, 5, (len(given) + padding, 13), dtype=torch.int32)
-    for row, (kind, context, query) in enumerate(given):
-        used = -(-(context + query) // BLOCK)
+    for row, (kind, context, new) in enumerate(given):
+        used = -(-(context + new) // BLOCK)
         own = [next(blocks) for _ in range(used)]
         if kind == "shared":
             own[:PREFIX] = common[:used]

@@ -58,7 +58,7 @@ class Step:
 
     def halves(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as [blocks, block, KV heads, size]."""
-        key, value = self.cache.transpose(1, 2).split(size, dim=-1)
+        key, value = torch.split(self.cache.transpose(1, 2), size, dim=-1)
         return key, value
 
 
@@ -72,18 +72,18 @@ def step(shape: Shape, kinds: list[str], seed: int, longest: int = 4000, padded:
     block, prefix = shape.block, shape.prefix // shape.block
     queries, lens = [], []
     for kind in kinds:
-        own = longest if exact else rng.randint(1, longest)
+        rest = longest if exact else rng.randint(1, longest)
         if kind == "short":
-            query, length = 1, rng.randint(1, shape.prefix)
+            new, length = 1, rng.randint(1, shape.prefix)
         elif kind == "crossing":
-            query = rng.randint(2, 64)
-            length = shape.prefix - rng.randint(1, query - 1) + query - 1
+            new = rng.randint(2, 64)
+            length = shape.prefix - rng.randint(1, new - 1) + new - 1
         elif kind == "prefill":
-            query = rng.randint(2, 200)
-            length = shape.prefix + query + (0 if rng.random() < 0.3 else own)
+            new = rng.randint(2, 200)
+            length = shape.prefix + new + (0 if rng.random() < 0.3 else rest)
         else:
-            query, length = 1, shape.prefix + own
-        queries.append(query)
+            new, length = 1, shape.prefix + rest
+        queries.append(new)
         lens.append(length)
     columns = max(-(-length // block) for length in lens) + 3
     total = prefix + sum(-(-length // block) for length in lens) + 1

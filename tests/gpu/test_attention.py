@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from vllm.platforms import current_platform
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 if not (torch.cuda.is_available() and current_platform.is_cuda()):
     pytest.skip("needs a CUDA device and vLLM for CUDA", allow_module_level=True)
@@ -125,7 +126,7 @@ def test_attention_in_a_cuda_graph_follows_what_the_rows_become(pair: tuple[Shap
         assert error(output, expected, tokens) <= 1.5 * theirs + 1e-4
 
 
-def _replaced(given: Step, table: torch.Tensor, shape: Shape) -> attention.CommonAttentionMetadata:
+def _replaced(given: Step, table: torch.Tensor, shape: Shape) -> CommonAttentionMetadata:
     from dataclasses import replace
 
     common = given.common
