@@ -16,7 +16,7 @@ HINT := "make setup: .venv is not complete, the next make starts it again. If to
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system serve chat cluster-demo test test-pure check fix bench-overhead overload soak calibrate load compare tails crosscheck fuzz lock clean
+.PHONY: help setup system serve chat cluster-demo test test-gpu test-pure check fix bench-overhead overload soak calibrate load compare tails crosscheck fuzz lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,9 @@ system: ## install chromium and redis-server where they are missing and we may
 
 test: setup system ## run every test that a CPU can run
 	$(BIN)/python -m pytest
+
+test-gpu: ## run the tests of a CUDA device, in an environment with borg-serve[gpu,test]: make test-gpu BORG_GPU_MODEL=DIRECTORY
+	BORG_GPU_MODEL=$(BORG_GPU_MODEL) python3 -m pytest -m gpu tests/gpu
 
 test-pure: setup ## run the tests that start no engine, cluster or browser (under 30 s)
 	$(BIN)/python -m pytest -m "not engine and not cluster and not gpu and not browser"

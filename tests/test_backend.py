@@ -15,7 +15,7 @@ PROFILE = Path(__file__).parents[1] / "configs" / "7b-h100.yaml"
 
 
 def profile(*sets: str) -> Config:
-    return load(PROFILE, sets)
+    return load(PROFILE, ["identity.attention=auto", *sets])
 
 
 @pytest.mark.parametrize(
