@@ -26,7 +26,7 @@ PATIENT = (
     "--set=limits.deadline_s=180",
     "--set=limits.stall_s=60",
 )
-READY_S = 300.0
+READY_S = 600.0
 END_S = 60.0
 
 
