@@ -10,7 +10,7 @@ from typing import Any
 
 from borg_serve.config import Limits
 
-__all__ = ["OWN_TOKENS", "MemoryPlan", "Slots", "kv_bytes_a_token", "slots"]
+__all__ = ["OWN_TOKENS", "MemoryPlan", "Slots", "element_bytes", "kv_bytes_a_token", "slots"]
 
 SLACK = 1.5
 """How much more than its part each of several API processes may take: the kernel deals connections out unevenly. With
@@ -51,11 +51,19 @@ def _share(total: int, processes: int) -> int:
     return math.ceil(total * (SLACK if processes > 1 else 1) / processes)
 
 
+def element_bytes(dtype: str) -> int:
+    """Bytes of one number of a model that computes in this dtype."""
+    return 4 if dtype == "float32" else 2
+
+
 def kv_bytes_a_token(
-    engine: Mapping[str, Any], shards: int, *, num_layers: int, num_kv_heads: int, head_dim: int
+    engine: Mapping[str, Any], shards: int, *, dtype: str, num_layers: int, num_kv_heads: int, head_dim: int
 ) -> int:
-    """Bytes that one token takes in the KV cache of each of `shards` devices. `engine`: the profile's section."""
-    element = 1 if str(engine.get("kv_cache_dtype", "auto")).startswith("fp8") else 2
+    """Bytes that one token takes in the KV cache of each of `shards` devices.
+
+    `engine`: the profile's section. `dtype`: what the model computes in, and keeps there unless the profile says more.
+    """
+    element = 1 if str(engine.get("kv_cache_dtype", "auto")).startswith("fp8") else element_bytes(dtype)
     return 2 * num_layers * max(1, num_kv_heads // shards) * head_dim * element
 
 

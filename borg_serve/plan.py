@@ -241,7 +241,7 @@ def _weights_share(engine: Mapping[str, Any]) -> float:
 
 
 def _kv_bytes_a_token(engine: Mapping[str, Any], tp: int) -> int:
-    return kv_bytes_a_token(engine, tp, num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    return kv_bytes_a_token(engine, tp, dtype="bfloat16", num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
 
 
 def document(found: Plan) -> dict[str, Any]:

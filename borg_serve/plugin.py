@@ -1,8 +1,8 @@
 """What vLLM loads into each of its own processes (a general plugin): an engine that knows its prompts begin alike.
 
-It makes the shared-prefix attention known by name, keeps the prefix's block hashes, and ends an engine with the server
-it belongs to: vLLM's does not notice that its parent was killed, and would keep its memory, on a GPU all of it. It
-does not know which prefix.
+It makes the shared-prefix attention known by name, keeps the prefix's block hashes, leaves the processor to those who
+compute, and ends an engine with the server it belongs to: vLLM's does not notice that its parent was killed, and would
+keep its memory, on a GPU all of it. It does not know which prefix.
 """
 
 import multiprocessing
@@ -10,13 +10,15 @@ import os
 import sys
 import threading
 import time
-from functools import cache
+from functools import cache, partialmethod
+from inspect import signature
 from typing import Any
 
 from borg_serve import hashes
+from borg_serve.engine import device
 from borg_serve.errors import EngineError
 
-__all__ = ["register", "remember_hashes"]
+__all__ = ["register", "remember_hashes", "sleep_while_waiting"]
 
 LOOK_S = 1.0
 CORE = "vllm.v1.engine.core"
@@ -29,6 +31,8 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CUSTOM, "borg_serve.attention.SharedPrefixBackend")
+    if device() == "cpu":
+        sleep_while_waiting()
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None:
         return
@@ -47,6 +51,20 @@ def remember_hashes(core: Any) -> None:
         return hashes.remembering(make(block_size, *args), block_size)
 
     core.get_request_block_hasher = remembering
+
+
+def sleep_while_waiting() -> None:
+    """Have vLLM's processes sleep until another one writes to them. Raises EngineError if vLLM moved how they wait.
+
+    They spin for a second first: on a CPU engine that takes a whole core from the workers they wait for.
+    """
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    condition: Any = shm_broadcast.SpinCondition
+    make = condition.__init__
+    if "busy_loop_s" not in signature(make).parameters:
+        raise EngineError("plugin: vLLM moved SpinCondition's busy_loop_s, got none. Use the pinned vLLM.")
+    condition.__init__ = partialmethod(make, busy_loop_s=0.0)
 
 
 def _end_with(parent: int) -> None:

@@ -74,6 +74,9 @@ def _memory(config: Config, directory: Path, block_tokens: int, prefix_tokens: i
     arguments = config.engine
     shards = int(arguments.get("tensor_parallel_size") or 1)
     weights = found.weight_bytes // shards
+    dtype = found.dtype if config.model.dtype == "auto" else config.model.dtype
+    if "quantization_config" not in found.config:
+        weights = weights * capacity.element_bytes(dtype) // capacity.element_bytes(found.dtype)
     if arguments.get("quantization") == "fp8" and found.dtype != "float8_e4m3fn":
         weights //= 2
     kv_bytes = arguments.get("kv_cache_memory_bytes")
@@ -83,7 +86,12 @@ def _memory(config: Config, directory: Path, block_tokens: int, prefix_tokens: i
     plan = capacity.MemoryPlan(
         weights_bytes=weights,
         kv_bytes_a_token=capacity.kv_bytes_a_token(
-            arguments, shards, num_layers=found.num_layers, num_kv_heads=found.num_kv_heads, head_dim=found.head_dim
+            arguments,
+            shards,
+            dtype=dtype,
+            num_layers=found.num_layers,
+            num_kv_heads=found.num_kv_heads,
+            head_dim=found.head_dim,
         ),
         kv_bytes=int(kv_bytes),
         block_tokens=block_tokens,

@@ -31,7 +31,6 @@ SMALL = {
     "engine.kv_cache_memory_bytes": 1 << 30,
     "limits.deadline_s": 300,
     "server.hang_s": 60,
-    "model.dtype": "float32",  # many CPUs have no instructions for bfloat16, and take seven times as long
 }
 
 

@@ -23,7 +23,7 @@ class Original:
 
     def __init__(self, directory: str, identity: str) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         self.one_at_a_time = threading.Lock()
         system = [{"role": "system", "content": identity}]
         whole = self.prompt([*system, {"role": "user", "content": "x"}])[0]

@@ -128,14 +128,19 @@ def test_cli_check_plans_the_memory_of_the_demo(run: Run) -> None:
     document = json.loads(run(*words, "--json").out)
     memory = document["memory"]
     assert document["identity"]["tokens"] == memory["identity_tokens"] == len(qwen.prefix("smollm2").token_ids)
-    assert memory["kv_tokens"] == 93_184, "what vLLM itself reports for these 2 GiB"
-    assert memory["kv_bytes_a_token"] == 23_040
+    assert memory["kv_tokens"] == 46_592, "what vLLM itself reports for these 2 GiB"
+    assert memory["kv_bytes_a_token"] == 46_080
     assert memory["identity_shared_tokens"] + memory["identity_tail_tokens"] == memory["identity_tokens"]
-    assert memory["users_by_context_tokens"]["8192"] == 15
+    assert memory["users_by_context_tokens"]["8192"] == 7
     assert memory["estimate"] is False
     text = run(*words)
     assert text.status == 0
-    for words_of_it in ("93,184 tokens", "2,320 tokens, 2,304 of them", "16 tokens that no full block covers"):
+    for words_of_it in (
+        "0.50 GiB",
+        "46,592 tokens",
+        "2,320 tokens, 2,304 of them",
+        "16 tokens that no full block covers",
+    ):
         assert words_of_it in text.out
 
 

@@ -39,7 +39,6 @@ GENTLE = {
     "limits.deadline_s": 180,
     "limits.stall_s": 60,
     "engine.kv_cache_memory_bytes": 1 << 30,
-    "model.dtype": "float32",  # many CPUs have no instructions for bfloat16, and take seven times as long
 }
 FIRST_PORT = 33000
 """Replicas listen from here on."""

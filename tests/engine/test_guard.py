@@ -63,7 +63,7 @@ class Engine:
 @pytest_asyncio.fixture(scope="module", loop_scope="module", name="living")
 async def living_engine(checkpoint: Path) -> AsyncIterator[Engine]:
     """An engine behind the guard, warm."""
-    config = load(PROFILE, [f"model.path={checkpoint}", "engine.kv_cache_memory_bytes=536870912"])
+    config = load(PROFILE, [f"model.path={checkpoint}", "engine.kv_cache_memory_bytes=1073741824"])
     prepared = await asyncio.to_thread(preparation.prepare, config)
     steps: list[float] = []
     client = await asyncio.to_thread(engine.start, prepared.args, None, lambda: steps.append(time.monotonic()))

@@ -66,7 +66,7 @@ class Pair:
 
 
 def common(checkpoint: Path) -> list[str]:
-    settings = (f"model.path={checkpoint}", "server.processes=2", "engine.kv_cache_memory_bytes=536870912")
+    settings = (f"model.path={checkpoint}", "server.processes=2", "engine.kv_cache_memory_bytes=1073741824")
     return [f"--set={item}" for item in settings]
 
 

@@ -117,7 +117,7 @@ def reference_model() -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(qwen.directory("smollm2"), dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(qwen.directory("smollm2"), dtype=torch.float32)
 
 
 def distance(served: dict[str, float], expected: dict[str, float]) -> float:
