@@ -58,8 +58,8 @@ system: ## install chromium and redis-server where they are missing and we may
 test: setup system ## run every test that a CPU can run
 	$(BIN)/python -m pytest
 
-test-gpu: ## run the tests of a CUDA device, in an environment with borg-serve[gpu,test]: make test-gpu BORG_GPU_MODEL=DIRECTORY
-	BORG_GPU_MODEL=$(BORG_GPU_MODEL) python3 -m pytest -m gpu tests/gpu
+test-gpu: ## run the tests of a CUDA device, in an environment with borg-serve[gpu,test]: make test-gpu BORG_GPU_MODEL=DIRECTORY BORG_GPU_DEMO=DIRECTORY
+	BORG_GPU_MODEL=$(BORG_GPU_MODEL) BORG_GPU_DEMO=$(BORG_GPU_DEMO) python3 -m pytest -m gpu tests/gpu
 
 test-pure: setup ## run the tests that start no engine, cluster or browser (under 30 s)
 	$(BIN)/python -m pytest -m "not engine and not cluster and not gpu and not browser"

@@ -69,9 +69,9 @@ class Model(Section):
 class IdentitySection(Section):
     prompt: File = Field(examples=["identity/borg-merge-v1.md"])
     """The identity text, relative to the profile."""
-    attention: Literal["auto", "shared", "stock"] = Field("stock", examples=["auto"])
+    attention: Literal["auto", "shared", "stock"] = Field("auto", examples=["auto"])
     """`shared` reads the identity's KV once for all users of a step (docs/attention.md); `stock` is vLLM's own; `auto`
-    shares on a Hopper GPU. Stock until whole answers have been compared on a GPU, not only layers."""
+    shares on a Hopper GPU where the identity is long enough, and `borg-serve check` says which and why."""
 
 
 class Server(Section):
