@@ -96,11 +96,13 @@ def contenders(config: Config, folder: Path, sets: Sequence[str]) -> list[Conten
 # ---------------------------------------------------------------------------------------- plain servers
 
 
-def _plain(name: str, words: Callable[[int], list[str]], ready: str, folder: Path) -> Callable[[], Any]:
+def _plain(
+    name: str, words: Callable[[int], list[str]], ready: str, folder: Path, more: dict[str, str] | None = None
+) -> Callable[[], Any]:
     @contextmanager
     def start() -> Iterator[Running]:
         port = servers.free_port()
-        with servers.running(name, words(port), port, ready, folder / f"{name}.log") as server:
+        with servers.running(name, words(port), port, ready, folder / f"{name}.log", more=more) as server:
             yield Running(server.url, lambda: server.processes, server.pause, server.resume)
 
     return start
@@ -120,7 +122,7 @@ def _stock(config: Config, folder: Path) -> Callable[[], Any]:
     ours = engine.arguments(config, config.model.path, "")
     needed = ("model", "served_model_name", "dtype", "max_model_len", "kv_cache_memory_bytes", "enforce_eager")
     words = engine.command_line({name: ours[name] for name in needed})
-    return _plain("stock", lambda port: servers.stock(words, port), "/health", folder)
+    return _plain("stock", lambda port: servers.stock(words, port), "/health", folder, servers.WITHOUT_OURS)
 
 
 def _original(config: Config, folder: Path) -> Callable[[], Any]:
@@ -148,7 +150,9 @@ def _classic(config: Config, folder: Path) -> Callable[[], Any]:
         "import_path": "ray.serve.llm:build_openai_app",
         "args": {"llm_configs": [one]},
     }
-    return lambda: _ray("ray-classic", application, {}, "/v1/models", config.model.served_name, folder)
+    return lambda: _ray(
+        "ray-classic", application, servers.WITHOUT_OURS, "/v1/models", config.model.served_name, folder
+    )
 
 
 def _cluster(config: Config, folder: Path, sets: Sequence[str]) -> Callable[[], Any]:

@@ -76,7 +76,9 @@ def measure(config: str, rounds: int) -> dict[str, Any]:
     with servers.running("ours", servers.ours(config, port_a), port_a, "/ready", folder / "ours.log") as ours:
         ours.pause()
         command = servers.stock(engine.command_line(arguments), port_b)
-        with servers.running("stock", command, port_b, "/health", folder / "stock.log") as stock:
+        with servers.running(
+            "stock", command, port_b, "/health", folder / "stock.log", more=servers.WITHOUT_OURS
+        ) as stock:
             stock.pause()
             sides = {"ours": (ours, None), "stock": (stock, system)}
             for turn in range(-1, rounds):  # the first turn warms both up and is dropped

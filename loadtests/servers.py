@@ -102,6 +102,7 @@ def running(
     }
     environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     environment |= more or {}
+    environment.pop("VLLM_CPU_NUM_OF_RESERVED_CPU", None)  # ours sets it for itself; others run as they are
     with log.open("wb") as output:
         popen = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment)
     url = f"http://127.0.0.1:{port}"
@@ -137,6 +138,10 @@ def ours(config: str, port: int, *sets: str) -> list[str]:
     """The command of this package's server."""
     words = [sys.executable, "-m", "borg_serve", "serve", "--config", config, "--set", f"server.port={port}"]
     return [*words, *(word for item in sets for word in ("--set", item))]
+
+
+WITHOUT_OURS = {"VLLM_PLUGINS": ""}
+"""For the environment of a vLLM that is to run as it is: it finds our plugin installed, and does not load it."""
 
 
 def stock(arguments: Sequence[str], port: int) -> list[str]:
