@@ -54,6 +54,10 @@ SMALLEST_BLOCK: Mapping[Device, int] = {"cpu": 32, "cuda": 16}
 
 A request recomputes the identity's tokens that no full block covers; the smallest block leaves the fewest."""
 
+ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""Computes in the scheduler's own process. On a CPU vLLM starts one more, even for a single worker, only to give it its
+threads' settings: half a gigabyte and fifteen seconds of imports that one worker with all cores does not need."""
+
 OURS = {
     "model": "Set model.path.",
     "revision": "Set model.revision.",
@@ -125,6 +129,8 @@ def arguments(config: Config, model: str, chat_template: str, prefix_tokens: int
         engine |= backend.arguments(config, attention(config, prefix_tokens), prefix_tokens)
     if engine.get("block_size", "auto") == "auto":
         engine["block_size"] = SMALLEST_BLOCK[device()]
+    if device() == "cpu" and math.prod(engine.get(f"{way}_parallel_size") or 1 for way in ("tensor", "pipeline")) == 1:
+        engine.setdefault("distributed_executor_backend", ONE_PROCESS)
     return {
         **engine,
         "model": model,

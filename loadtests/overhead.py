@@ -68,8 +68,8 @@ def measure(config: str, rounds: int) -> dict[str, Any]:
     profile = load(Path(config))
     system = profile.identity.prompt.read_text(encoding="utf-8").strip()
     arguments = engine.arguments(profile, profile.model.path, "")
-    for name in ("chat_template", "allowed_origins", "disable_fastapi_docs"):
-        del arguments[name]
+    for name in ("chat_template", "allowed_origins", "disable_fastapi_docs", "distributed_executor_backend"):
+        arguments.pop(name, None)
     folder = Path(tempfile.mkdtemp(prefix="borg-overhead-"))
     port_a, port_b = servers.free_port(), servers.free_port()
     blocks: dict[str, list[Block]] = {"ours": [], "stock": []}
@@ -154,7 +154,8 @@ def markdown(document: dict[str, Any]) -> str:
         f"`{document['command']}` on {machine['cores']} cores ({machine['processor']}), vLLM {versions['vllm']}, "
         f"Python {versions['python']}, demo model, CPU engine.",
         "",
-        "Same engine arguments on both sides; the client sends the identity to the stock server as its system message. "
+        "The profile's engine arguments on both sides; on a CPU ours computes in the scheduler's process and on every "
+        "core, where vLLM starts a process more and keeps a core free. The client sends the identity to the stock server as its system message. "
         f"Both servers run, one is paused while the other is measured, in the order A B B A; {repeats} blocks of each "
         f"side after one that is dropped; {OUTPUT_TOKENS} output tokens a request, streamed, greedy, 80 words of its "
         "own in every prompt. Medians of blocks; intervals are 95% bootstrap intervals of the ratio of medians.",

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.executor.abstract import Executor
 
 from borg_serve import engine
 from borg_serve.config import Config, load
@@ -76,6 +78,19 @@ def test_arguments_pick_the_smallest_block_of_the_device(
     assert engine.arguments(config, "/x", "")["block_size"] == block
     assert engine.arguments(with_engine(config, block_size="auto"), "/x", "")["block_size"] == block
     assert engine.arguments(with_engine(config, block_size=128), "/x", "")["block_size"] == 128
+
+
+@pytest.mark.skipif(engine.device() != "cpu", reason="only vLLM's CPU platform adds a process")
+def test_arguments_take_one_process_where_one_worker_computes(config: Config) -> None:
+    def executor(**more: Any) -> str | None:
+        return engine.arguments(with_engine(config, **more), "/x", "").get("distributed_executor_backend")
+
+    found = executor()
+    assert found is not None
+    assert issubclass(resolve_obj_by_qualname(found), Executor), "it is where vLLM has it"
+    assert executor(tensor_parallel_size=2) is None
+    assert executor(pipeline_parallel_size=2) is None
+    assert executor(distributed_executor_backend="mp") == "mp"
 
 
 def test_arguments_give_vllm_the_whole_time_to_drain(config: Config) -> None:

@@ -55,7 +55,7 @@ def main(model: str, attention: str, out: str, *batches: str) -> None:
 
     def answer(some: list[list[int]]) -> list[list[tuple[int, float]]]:
         requests: Any = [{"prompt_token_ids": ids} for ids in some]
-        outputs = [output.outputs[0] for output in llm.generate(requests, params, use_tqdm=False)]
+        outputs: Any = [output.outputs[0] for output in llm.generate(requests, params, use_tqdm=False)]
         return [
             [(token, found[token].logprob) for token, found in zip(output.token_ids, output.logprobs, strict=True)]
             for output in outputs
