@@ -154,8 +154,9 @@ def markdown(document: dict[str, Any]) -> str:
         f"`{document['command']}` on {machine['cores']} cores ({machine['processor']}), vLLM {versions['vllm']}, "
         f"Python {versions['python']}, demo model, CPU engine.",
         "",
-        "The profile's engine arguments on both sides; on a CPU ours computes in the scheduler's process and on every "
-        "core, where vLLM starts a process more and keeps a core free. The client sends the identity to the stock server as its system message. "
+        "The profile's engine arguments on both sides; on a CPU ours computes in the scheduler's process and on "
+        "every core, where vLLM starts a process more and keeps a core free. The client sends the identity to the "
+        "stock server as its system message. "
         f"Both servers run, one is paused while the other is measured, in the order A B B A; {repeats} blocks of each "
         f"side after one that is dropped; {OUTPUT_TOKENS} output tokens a request, streamed, greedy, 80 words of its "
         "own in every prompt. Medians of blocks; intervals are 95% bootstrap intervals of the ratio of medians.",
