@@ -2,7 +2,8 @@
 
 It makes the shared-prefix attention known by name, keeps the prefix's block hashes, leaves the processor to those who
 compute, and ends an engine with the server it belongs to: vLLM's does not notice that its parent was killed, and would
-keep its memory, on a GPU all of it. It does not know which prefix.
+keep its memory, on a GPU all of it. It does not know which prefix, and imports no metrics: those of an engine's process
+would count among the servers'.
 """
 
 import multiprocessing
@@ -15,7 +16,6 @@ from inspect import signature
 from typing import Any
 
 from borg_serve import hashes
-from borg_serve.engine import device
 from borg_serve.errors import EngineError
 
 __all__ = ["register", "remember_hashes", "sleep_while_waiting"]
@@ -28,10 +28,11 @@ CORE = "vllm.v1.engine.core"
 @cache
 def register() -> None:
     """Called by vLLM in every process of its own, more than once in some."""
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CUSTOM, "borg_serve.attention.SharedPrefixBackend")
-    if device() == "cpu":
+    if current_platform.is_cpu():
         sleep_while_waiting()
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None:

@@ -1,5 +1,7 @@
 """How vLLM's processes wait for each other once our plugin is loaded, on vLLM's own condition."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -46,3 +48,9 @@ def test_plugin_refuses_a_vllm_that_waits_in_another_way(monkeypatch: pytest.Mon
     monkeypatch.setattr(shm_broadcast.SpinCondition, "__init__", lambda self, is_reader: None)
     with pytest.raises(EngineError, match="busy_loop_s"):
         plugin.sleep_while_waiting()
+
+
+def test_plugin_brings_no_metrics_into_the_engine() -> None:
+    """A gauge of an engine's process, never set, would say for all of them that they are not ready."""
+    look = "import sys, borg_serve.plugin; print([name for name in sys.modules if 'prometheus' in name])"
+    assert subprocess.check_output([sys.executable, "-c", look], text=True).strip() == "[]"
