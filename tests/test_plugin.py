@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import time
+from importlib.util import module_from_spec, spec_from_file_location
+from typing import Any
 
 import pytest
 import zmq
@@ -12,36 +14,40 @@ from borg_serve import plugin
 from borg_serve.errors import EngineError
 
 
-@pytest.fixture
-def spins(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Grows each time that one who waits only gave up its turn."""
+def unspoilt() -> Any:
+    """vLLM's module as it is, whichever test has loaded our plugin before."""
+    spec = spec_from_file_location("unspoilt", shm_broadcast.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def spins(module: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Wait for a moment for somebody to write who does not: how often that was only giving up one's turn."""
     spins: list[bool] = []
-    monkeypatch.setattr(shm_broadcast, "sched_yield", lambda: spins.append(True))
-    monkeypatch.setattr(shm_broadcast.SpinCondition, "__init__", shm_broadcast.SpinCondition.__init__)  # put back later
-    return spins
-
-
-def wait(address: str) -> None:
-    """Wait for a moment for somebody to write who does not."""
+    monkeypatch.setattr(module, "sched_yield", lambda: spins.append(True))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-    writer = shm_broadcast.SpinCondition(is_reader=False, context=context, notify_address=address)
-    reader = shm_broadcast.SpinCondition(is_reader=True, context=context, notify_address=address)
+    address = f"inproc://{module.__name__}"
+    writer = module.SpinCondition(is_reader=False, context=context, notify_address=address)
+    reader = module.SpinCondition(is_reader=True, context=context, notify_address=address)
     reader.last_read = time.monotonic()
     reader.wait(timeout_ms=50)
     for end in (writer.local_notify_socket, reader.local_notify_socket, reader.read_cancel_socket):
         end.close(linger=0)
     reader.write_cancel_socket.close(linger=0)
+    return len(spins)
 
 
-def test_plugin_lets_a_waiting_process_sleep(spins: list[bool]) -> None:
+def test_plugin_lets_a_waiting_process_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm_broadcast.SpinCondition, "__init__", shm_broadcast.SpinCondition.__init__)  # put back later
     plugin.sleep_while_waiting()
-    wait("inproc://sleeps")
-    assert spins == []
+    assert spins(shm_broadcast, monkeypatch) == 0
 
 
-def test_plugin_is_needed_because_vllm_spins(spins: list[bool]) -> None:
-    wait("inproc://spins")
-    assert spins == [True]
+def test_plugin_is_needed_because_vllm_spins(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert spins(unspoilt(), monkeypatch) == 1
 
 
 def test_plugin_refuses_a_vllm_that_waits_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
