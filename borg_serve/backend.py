@@ -3,13 +3,15 @@
 It knows vLLM's name for the device, and starts nothing. What the attention does is in `attention`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from borg_serve.config import Config
 from borg_serve.errors import EngineError
 
-__all__ = ["PREFIX_OPTION", "Choice", "arguments", "choose"]
+__all__ = ["PREFIX_OPTION", "Choice", "arguments", "choose", "sharing"]
 
 PREFIX_OPTION = "borg_serve_prefix_tokens"
 """Key of vLLM's `additional_config`: how many tokens every prompt begins with. Only a guarded server sets it."""
@@ -56,5 +58,9 @@ def arguments(config: Config, choice: Choice, prefix_tokens: int) -> dict[str, A
     """vLLM's arguments that follow from a choice."""
     if choice.name == "stock":
         return {}
-    more = {**(config.engine.get("additional_config") or {}), PREFIX_OPTION: prefix_tokens}
-    return {"attention_backend": "CUSTOM", "additional_config": more}
+    return sharing(prefix_tokens, config.engine.get("additional_config") or {})
+
+
+def sharing(prefix_tokens: int, more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """vLLM's arguments for an engine whose prompts all begin with the same tokens. `more`: its additional_config."""
+    return {"attention_backend": "CUSTOM", "additional_config": {**more, PREFIX_OPTION: prefix_tokens}}

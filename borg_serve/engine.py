@@ -56,7 +56,7 @@ A request recomputes the identity's tokens that no full block covers; the smalle
 
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """Computes in the scheduler's own process. On a CPU vLLM starts one more, even for a single worker, only to give it its
-threads' settings: half a gigabyte and fifteen seconds of imports that one worker with all cores does not need."""
+threads' settings: memory, and seconds of imports, that one worker with all cores does not need."""
 
 OURS = {
     "model": "Set model.path.",

@@ -46,7 +46,7 @@ def main() -> None:
     more: dict[str, Any] = dict(arguments.engine)
     if arguments.attention == "shared":
         # Stands where the guard stands: every prompt with a prefix begins with the same one.
-        more |= {"attention_backend": "CUSTOM", "additional_config": {backend.PREFIX_OPTION: arguments.prefix}}
+        more |= backend.sharing(arguments.prefix)
     elif arguments.attention == "cascade":
         more |= {"disable_cascade_attn": False}
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other runner has none

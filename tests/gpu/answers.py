@@ -47,9 +47,7 @@ def main(model: str, attention: str, out: str, *batches: str) -> None:
     from vllm import LLM, SamplingParams
 
     given = prompts(AutoTokenizer.from_pretrained(model))
-    more: dict[str, Any] = {}
-    if attention == "shared":
-        more = {"attention_backend": "CUSTOM", "additional_config": {backend.PREFIX_OPTION: alike(given)}}
+    more = backend.sharing(alike(given)) if attention == "shared" else {}
     llm = LLM(model, dtype="bfloat16", max_model_len=8192, max_num_seqs=256, gpu_memory_utilization=0.5, **more)
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=0, detokenize=False)
 
