@@ -1,5 +1,6 @@
 """The chat page's life: with the real server, left in mid-answer, started again, ended."""
 
+import logging
 import os
 import re
 import signal
@@ -80,7 +81,11 @@ def test_page_conversation_survives_a_reload_and_a_new_page(tab: Page, scripted_
     expect(tab.get_by_text("You said: and this.")).to_be_visible()
 
 
-def test_page_secret_is_kept_for_its_owner_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_page_secret_is_kept_for_its_owner_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On the logger itself: Ray's modules, once imported, take every handler off the root logger.
+    monkeypatch.setattr(logging.getLogger("borg_serve.ui"), "handlers", [caplog.handler])
     file = tmp_path / "cache" / "page-secret"
     secret = storage_secret(file)
     assert len(secret) == 32

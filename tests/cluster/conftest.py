@@ -58,6 +58,16 @@ class Replica:
         found = [line for line in lines if line.startswith("borg_requests_total{") and "chat/completions" in line]
         return sum(float(line.rpartition(" ")[2]) for line in found)
 
+    def gone(self) -> bool:
+        """Return whether its process has ended: nobody listens at its port."""
+        try:
+            LOOK.get(f"{self.url}/health")
+        except httpx.ConnectError:
+            return True
+        except httpx.TransportError:
+            pass
+        return False
+
 
 @dataclass(frozen=True)
 class Cluster:
