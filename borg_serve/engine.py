@@ -34,7 +34,7 @@ __all__ = [
     "generate",
     "heartbeat",
     "namespace",
-    "prepare_eager",
+    "prepare_cpu",
     "prepare_environment",
     "probe",
     "share_tokens",
@@ -42,6 +42,7 @@ __all__ = [
     "step_logger",
     "vllm_version",
     "warm",
+    "workers",
 ]
 
 Device = Literal["cpu", "cuda"]
@@ -129,7 +130,7 @@ def arguments(config: Config, model: str, chat_template: str, prefix_tokens: int
         engine |= backend.arguments(config, attention(config, prefix_tokens), prefix_tokens)
     if engine.get("block_size", "auto") == "auto":
         engine["block_size"] = SMALLEST_BLOCK[device()]
-    if device() == "cpu" and math.prod(engine.get(f"{way}_parallel_size") or 1 for way in ("tensor", "pipeline")) == 1:
+    if device() == "cpu" and workers(engine) == 1:
         engine.setdefault("distributed_executor_backend", ONE_PROCESS)
     return {
         **engine,
@@ -147,6 +148,11 @@ def arguments(config: Config, model: str, chat_template: str, prefix_tokens: int
         "allowed_origins": [],
         "disable_fastapi_docs": True,
     }
+
+
+def workers(engine: Mapping[str, Any]) -> int:
+    """How many workers share one engine's model, by an `engine` section."""
+    return math.prod(int(engine.get(f"{way}_parallel_size") or 1) for way in ("tensor", "pipeline"))
 
 
 def attention(config: Config, prefix_tokens: int) -> backend.Choice:
@@ -306,12 +312,20 @@ async def heartbeat(client: "AsyncLLM", prompt: Sequence[int]) -> None:
     HEARTBEAT_TOKENS.labels("output").inc()
 
 
-def prepare_eager(enforce_eager: bool) -> None:
-    """Keep torch's compiler out of an eager CPU engine; before it starts."""
-    if device() == "cpu" and enforce_eager:
+def prepare_cpu(enforce_eager: bool, workers: int) -> None:
+    """Set what a CPU engine of so many workers, and its processes, read from the environment; before it starts."""
+    if device() != "cpu":
+        return
+    if enforce_eager:
         # vLLM compiles its log-probabilities with torch all the same: 20 s on the first request that asks for them,
-        # and without a C++ compiler the engine dies of it. The engine's processes inherit this.
+        # and without a C++ compiler the engine dies of it.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if workers > 1:
+        from vllm.utils.cpu_resource_utils import get_visible_memory_node
+
+        if len(get_visible_memory_node()) < workers:
+            # vLLM has a memory node for each worker, or none starts; with this it divides one node's cores among them.
+            os.environ.setdefault("VLLM_CPU_SIM_MULTI_NUMA", "1")
 
 
 def step_logger(step: Callable[[], None]) -> Any:
@@ -340,7 +354,7 @@ def start(args: Namespace, client_config: Mapping[str, Any] | None, step: Callab
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    prepare_eager(args.enforce_eager)
+    prepare_cpu(args.enforce_eager, workers(vars(args)))
     addresses = dict(client_config or {})
     count, index = addresses.pop("client_count", 1), addresses.pop("client_index", 0)
     engine_args = AsyncEngineArgs.from_cli_args(args)

@@ -9,6 +9,7 @@ import pytest
 
 from borg_serve import demo
 from tests.engine.collector import Collector, receiving
+from tests.engine.padded import pad
 from tests.engine.process import Server, living, running
 
 
@@ -16,6 +17,12 @@ from tests.engine.process import Server, living, running
 def checkpoint() -> Path:
     """The demo checkpoint, made the first time."""
     return demo.materialise()
+
+
+@pytest.fixture(scope="session")
+def divisible(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that computes the same, and that two workers can share."""
+    return pad(checkpoint, tmp_path_factory.mktemp("divisible") / "model")
 
 
 @pytest.fixture(scope="session")

@@ -265,7 +265,8 @@ def key(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def hurried(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def hurried(divisible: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With two workers in tensor parallel: each a process of its own."""
     folder = tmp_path_factory.mktemp("hurried")
     entries = [
         {"name": name, "sha256": hashlib.sha256(key(name).encode()).hexdigest(), "limits": limits}
@@ -273,15 +274,26 @@ def hurried(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     ]
     (folder / "keys.yaml").write_text(yaml.safe_dump(entries))
     settings = (
-        f"--set=model.path={checkpoint}",
+        f"--set=model.path={divisible}",
         f"--set=server.keys={folder / 'keys.yaml'}",
         f"--set=limits.deadline_s={DEADLINE_S:g}",
         "--set=limits.concurrent=2",
         "--set=limits.queued=2",
-        "--set=engine.distributed_executor_backend=mp",  # as with several workers: each a process of its own
+        "--set=engine.tensor_parallel_size=2",
+        "--set=engine.kv_cache_memory_bytes=1073741824",  # each worker has its own
     )
     with running(folder, *settings) as server:
         yield server
+
+
+def test_fault_two_workers_answer_as_one(hurried: Server) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    answer, end = Clients(hurried, key("many")).ask({"messages": messages, "max_tokens": 8, "temperature": 0})
+    end.result(60)
+    found = json.loads(answer.text)
+    assert found["choices"][0]["message"]["content"] == "The capital of France is Paris."
+    assert found["usage"]["prompt_tokens_details"]["cached_tokens"] > 2300
+    assert "-tp2-" in found["system_fingerprint"]
 
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "Basic Ym9yZw==", "Bearer x y"])
@@ -361,7 +373,7 @@ def test_fault_deadline_in_a_stream_is_an_error_event(hurried: Server) -> None:
 
 
 def test_fault_killed_worker_ends_everything(hurried: Server) -> None:
-    lose_engine(hurried, "VLLM::Worker", signal.SIGKILL, key("many"))
+    lose_engine(hurried, "VLLM::Worker_TP1", signal.SIGKILL, key("many"))
 
 
 # ----------------------------------------------------------------- one server: a full disk, then a killed engine core
