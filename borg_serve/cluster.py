@@ -208,8 +208,11 @@ class BorgEngine(VLLMEngine):
         self.client: Any = None
         """vLLM's engine client, once started."""
 
-    def _start_async_llm_engine(self, *args: Any) -> Any:
-        self.client = client = cast(Any, super()._start_async_llm_engine(*args))
+    def _start_async_llm_engine(self, args: Any, config: Any, *more: Any) -> Any:
+        executor = self.llm_config.engine_kwargs.get("distributed_executor_backend")
+        if executor is not None:  # Ray puts its own choice in place of the profile's on a CPU
+            config.parallel_config.distributed_executor_backend = executor
+        self.client = client = cast(Any, super()._start_async_llm_engine(args, config, *more))
         guard.install(client, self._prepared.prefix.token_ids)
         client.logger_manager.stat_loggers.append(engine.step_logger(self._shared.step)(client.vllm_config))
         return client

@@ -3,6 +3,7 @@
 It knows how each is started with the same checkpoint. It measures nothing but processes.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -157,7 +158,9 @@ def _classic(config: Config, folder: Path) -> Callable[[], Any]:
 
 def _cluster(config: Config, folder: Path, sets: Sequence[str]) -> Callable[[], Any]:
     words = (item.split("=", 1) for item in sets)
-    application = clusters.application(1, {key: yaml.safe_load(value) for key, value in words})
+    cores = len(os.sched_getaffinity(0))  # all of them, as the others have
+    changes = {"cluster.cpus": cores, **{key: yaml.safe_load(value) for key, value in words}}
+    application = clusters.application(1, changes)
     application["args"]["profile"] = str(config.file)
     return lambda: _ray("ray-ours", application, clusters.direct(), "/ready", "", folder)
 

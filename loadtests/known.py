@@ -17,7 +17,8 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding
 
 
 def event(choices: list[dict[str, Any]], **more: Any) -> bytes:
-    return _chunk(b"data: " + json.dumps({"object": "chat.completion.chunk", "choices": choices, **more}).encode())
+    document = {"object": "chat.completion.chunk", "choices": choices, **more}
+    return _chunk(b"data: " + json.dumps(document, separators=(",", ":")).encode())  # as servers write it
 
 
 def delta(finish_reason: str | None = None, **content: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Output tokens/s and TTFT of a running server with many users: `python -m loadtests.throughput URL --users 64 256`.
+"""Output tokens/s, TTFT and TPOT of a running server: `python -m loadtests.throughput URL --users 64 256`.
 
 Closed loop, streaming, distinct prompts. The clients are processes that read the socket themselves: an HTTP
 library spends more on an event than the server does.
@@ -45,10 +45,11 @@ async def one(host: str, port: int, request: dict[str, Any]) -> tuple[float, flo
 
 
 async def users(host: str, port: int, count: int, requests: int, seed: int, tokens: int, system: str | None) -> Any:
-    """`count` users who share `requests` requests; ([TTFT], output tokens, failures)."""
+    """`count` users who share `requests` requests; ([TTFT], [TPOT], output tokens, failures), in seconds."""
     rng = random.Random(seed)
     left = list(range(requests))
     ttft: list[float] = []
+    tpot: list[float] = []
     total = failed = 0
 
     async def user() -> None:
@@ -56,15 +57,16 @@ async def users(host: str, port: int, count: int, requests: int, seed: int, toke
         while left:
             left.pop()
             try:
-                first, _, n = await one(host, port, body(rng, tokens, system, words=90))
+                first, end, n = await one(host, port, body(rng, tokens, system, words=90))
             except (OSError, RuntimeError):
                 failed += 1
                 continue
             ttft.append(first)
+            tpot.append((end - first) / max(1, n - 1))
             total += n
 
     await asyncio.gather(*(user() for _ in range(count)))
-    return ttft, total, failed
+    return ttft, tpot, total, failed
 
 
 def client(arguments: tuple[Any, ...]) -> Any:
@@ -75,6 +77,7 @@ def client(arguments: tuple[Any, ...]) -> Any:
 def measure(url: str, count: int, requests: int, processes: int, tokens: int, system: str | None) -> dict[str, Any]:
     """One concurrency; figures as a JSON document."""
     address = urlsplit(url)
+    processes = min(processes, count)
     share = [
         (address.hostname, address.port, count // processes, requests // processes, 1 + index, tokens, system)
         for index in range(processes)
@@ -84,14 +87,16 @@ def measure(url: str, count: int, requests: int, processes: int, tokens: int, sy
         begin = time.perf_counter()
         results = pool.map(client, share)
         elapsed = time.perf_counter() - begin
-    ttft = [value * 1e3 for values, _, _ in results for value in values]
+    ttft = [value * 1e3 for values, *_ in results for value in values]
+    tpot = [value * 1e3 for _, values, *_ in results for value in values]
     return {
         "users": count,
         "requests": len(ttft),
-        "failed": sum(failed for _, _, failed in results),
-        "output_tokens_per_s": round(sum(total for _, total, _ in results) / elapsed, 1),
+        "failed": sum(failed for *_, failed in results),
+        "output_tokens_per_s": round(sum(total for *_, total, _ in results) / elapsed, 1),
         "ttft_p50_ms": round(median(ttft), 1),
         "ttft_p99_ms": round(quantiles(ttft, n=100)[98], 1),
+        "tpot_p50_ms": round(median(tpot), 2),
     }
 
 

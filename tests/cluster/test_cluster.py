@@ -102,6 +102,11 @@ def test_cluster_shows_every_metric_of_its_dashboards(cluster: Cluster, targets:
     assert missing == set()
 
 
+def test_cluster_engine_of_one_worker_is_one_process(cluster: Cluster) -> None:
+    for replica in cluster.replicas():
+        assert [child.cmdline()[:1] for child in cluster.engine_of(replica).children()] == []
+
+
 def test_cluster_replaces_a_lost_engine_while_the_other_serves(cluster: Cluster) -> None:
     before = cluster.replicas()
     victim = cluster.engine_of(before[0])

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Tensor parallelism and replicas on one host with several GPUs, over HTTP: a line of figures for each run in
+# $OUT/multi-gpu.txt, the servers' logs beside it. About 5 minutes for each of the servers that --dry-run lists.
+#
+#   MODEL=DIRECTORY OUT=DIRECTORY [GPUS=8] loadtests/multi_gpu.sh [--dry-run]
+#
+# MODEL may hold no weights: speed hardly depends on them, so they are random (load_format: dummy).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+: "${MODEL:?names the directory of the checkpoint}" "${OUT:?names a directory for the figures}"
+GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+PORT=${PORT:-8000}
+REPEATS=${REPEATS:-3}
+DRY=${1:-}
+# Multicast over NVLink is left off: not every host that shares its GPUs allows it.
+export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
+export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1 RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY=1
+export RAY_SERVE_HAPROXY_RETRY_ON="conn-failure empty-response" RAY_worker_niceness=0 RAY_USAGE_STATS_ENABLED=0
+PROFILE=(7b-h100 7b-h100 7b-tp2 "" 7b-tp4) # by tensor parallelism
+SETTINGS=(model.path="$MODEL" model.load_format=dummy model.dtype=bfloat16)
+
+# measure NAME USERS COMMAND...: start a server, measure it REPEATS times after a warm-up, end it with its processes.
+measure() {
+  local name=$1 users=$2 server line
+  shift 2
+  echo "+ $name: $*"
+  echo "+ $name: python3 -m loadtests.throughput http://127.0.0.1:$PORT --users $users --processes 8"
+  [ "$DRY" = --dry-run ] && return
+  setsid "$@" > "$OUT/$name.log" 2>&1 &
+  server=$!
+  trap 'kill -- -$server' EXIT
+  until curl -sf "http://127.0.0.1:$PORT/ready" > /dev/null; do
+    kill -0 $server || { tail -20 "$OUT/$name.log"; exit 1; }
+    sleep 1
+  done
+  for ((repeat = 0; repeat <= REPEATS; repeat++)); do
+    # shellcheck disable=SC2086  # several numbers of users
+    python3 -m loadtests.throughput "http://127.0.0.1:$PORT" --users $users --processes 8 | while read -r line; do
+      echo "$name $repeat $line" | tee -a "$OUT/multi-gpu.txt"
+    done
+  done
+  kill -- -$server
+  wait $server || true
+  trap - EXIT
+}
+
+# deployment FILE TP REPLICAS: a deploy file for this host alone, with so many replicas, no keys and the settings above.
+deployment() {
+  python3 - "$@" "$PORT" "${SETTINGS[@]}" << 'END'
+import sys
+from pathlib import Path
+
+import yaml
+
+file, tp, replicas, port, *settings = sys.argv[1:]
+deploy = yaml.safe_load(Path("deploy", {"1": "7b-autoscale.yaml"}.get(tp, f"7b-tp{tp}.yaml")).read_text())
+deploy |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": int(port)}}
+(application,) = deploy["applications"]
+changes = {"server.keys": None, "cluster.max_replicas": None, "cluster.replicas": int(replicas)}
+application["args"]["set"] |= changes | dict(item.split("=", 1) for item in settings)
+Path(file).write_text(yaml.safe_dump(deploy))
+END
+}
+
+mkdir -p "$OUT"
+for tp in 1 2 4; do
+  ((tp <= GPUS)) || continue
+  for attention in stock shared; do
+    words=(--config "configs/${PROFILE[tp]}.yaml" --set "server.port=$PORT" --set "identity.attention=$attention")
+    for item in "${SETTINGS[@]}"; do words+=(--set "$item"); done
+    measure "tp$tp-$attention" "1 64 256" python3 -m borg_serve serve "${words[@]}"
+  done
+  deployment "$OUT/ray-tp$tp.yaml" $tp 1
+  measure "ray-tp$tp" "1 64 256" serve run "$OUT/ray-tp$tp.yaml"
+done
+for replicas in 2 4 8; do
+  ((replicas <= GPUS)) || continue
+  deployment "$OUT/replicas-$replicas.yaml" 1 $replicas
+  measure "replicas-$replicas" "1 $((64 * replicas)) $((256 * replicas))" serve run "$OUT/replicas-$replicas.yaml"
+done
