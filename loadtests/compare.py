@@ -219,8 +219,8 @@ are this machine's; the ratios, taken in one run, are what to look at.
 paused, all processes of a cluster with them. Each has 1 GiB of KV cache. A request that is not counted
 goes first. {document["tokens"]} output tokens a request, streamed, greedy, 80 words of its own in every prompt; who has
 no identity of its own gets it from the client as the system message. A user sends its next request when the last has
-ended; the original app's way, one request after another, has at most {JUDGED}. Figures are medians of the rounds; intervals are 95% bootstrap intervals of the ratio of medians (given from
-five rounds on).
+ended; the original app's way, one request after another, has at most {JUDGED}. Figures are medians of the rounds;
+intervals are 95% bootstrap intervals of the ratio of medians (given from five rounds on).
 
 TTFT: from sending to the first event with content, median within a block; for a server that works one request after
 another it holds the wait for those before. TPOT: (last content event - first) / (tokens - 1). Tokens are the server's

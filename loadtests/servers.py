@@ -38,13 +38,22 @@ def metric(url: str, name: str, **labels: str) -> float:
 
 
 def marked(variable: str, value: str) -> list[psutil.Process]:
-    """Every living process whose environment says so: processes inherit it from the one that was started."""
-    found = []
+    """Every living process whose environment says so, and what descends from it.
+
+    Processes inherit it from the one that was started; a process that writes its title there no longer shows it.
+    """
+    found = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.environ().get(variable) == value and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+            if process.environ().get(variable) == value:
+                found |= {process, *process.children(recursive=True)}
+    return [process for process in found if _lives(process)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 @dataclass

@@ -1,6 +1,9 @@
 """Comparisons: two runs with intervals, and the document of the five ways to serve."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from borg_serve import comparison
 from borg_serve.cli import app
 from borg_serve.errors import ConfigError
 from loadtests import compare as ways
+from loadtests import servers
 from loadtests.contenders import GROUPS, group_of
 from loadtests.records import Outcome
 from loadtests.summary import document
@@ -139,3 +143,17 @@ def test_five_ways_without_five_rounds_have_no_intervals() -> None:
 )
 def test_five_ways_sort_processes_by_what_they_are_there_for(title: str, group: str) -> None:
     assert group_of(title) == group
+
+
+def test_marked_processes_are_found_even_where_one_has_overwritten_the_mark() -> None:
+    child = "import sys; print('up', flush=True); sys.stdin.read()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], env={{}})"
+    environment = {**os.environ, "BORG_TEST_MARK": "here"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", parent], env=environment, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        found = servers.marked("BORG_TEST_MARK", "here")
+        assert {len(found), len({one.pid for one in found} - {process.pid})} == {2, 1}
+        assert servers.marked("BORG_TEST_MARK", "elsewhere") == []
+        process.communicate()
