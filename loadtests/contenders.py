@@ -5,6 +5,7 @@ It knows how each is started with the same checkpoint. It measures nothing but p
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from loadtests import clusters, servers
 
 __all__ = ["GROUPS", "Contender", "Running", "contenders"]
 
+SETTLE_S = 15.0
+"""Serve tells HAProxy of the replica after the first answer; paused amidst that, HAProxy does not come back."""
 GROUPS = ("client", "door", "engine", "proxy", "router", "ray")
 WORDS = {
     "engine": ("VLLM::", "EngineCore", "loadtests.original"),
@@ -171,6 +174,7 @@ def _ray(
 ) -> Iterator[Running]:
     engine.prepare_environment()
     with clusters.running(name, application, folder, more, ready, naming) as server:
+        time.sleep(SETTLE_S)
 
         def pause() -> None:
             for process in clusters.family(server):
