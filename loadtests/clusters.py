@@ -19,7 +19,7 @@ from loadtests import servers
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # Ray makes every look at a server a line
 
-__all__ = ["ALIKE", "application", "direct", "family", "ports", "running"]
+__all__ = ["ALIKE", "application", "direct", "end", "family", "ports", "running"]
 
 MARK = "BORG_LOADTEST_CLUSTER"
 FIRST_PORT = 34000
@@ -97,7 +97,7 @@ def running(
     command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
     with ExitStack() as stack:
         ray = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
-        stack.callback(_end, mark)
+        stack.callback(end, mark)
         environment = {
             MARK: mark,
             "RAY_TMPDIR": ray,  # short: it holds sockets
@@ -115,10 +115,10 @@ def family(server: servers.Server) -> list[psutil.Process]:
     return servers.marked(MARK, server.process.environ()[MARK])
 
 
-def _end(mark: str) -> None:
-    """Ray leaves HAProxy behind when it ends."""
-    end = time.monotonic() + 20
-    while servers.marked(MARK, mark) and time.monotonic() < end:
+def end(mark: str) -> None:
+    """Wait until every process with this mark has ended, at most 20 s, then kill: Ray leaves HAProxy behind."""
+    deadline = time.monotonic() + 20
+    while servers.marked(MARK, mark) and time.monotonic() < deadline:
         time.sleep(0.5)
     for process in servers.marked(MARK, mark):
         with suppress(psutil.NoSuchProcess):

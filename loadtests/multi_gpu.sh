@@ -21,14 +21,15 @@ SETTINGS=(model.path="$MODEL" model.load_format=dummy model.dtype=bfloat16)
 
 # measure NAME USERS COMMAND...: start a server, measure it REPEATS times after a warm-up, end it with its processes.
 measure() {
-  local name=$1 users=$2 server line
+  local name=$1 users=$2 line repeat
   shift 2
   echo "+ $name: $*"
   echo "+ $name: python3 -m loadtests.throughput http://127.0.0.1:$PORT --users $users --processes 8"
   [ "$DRY" = --dry-run ] && return
-  setsid "$@" > "$OUT/$name.log" 2>&1 &
+  mark=$name-$$ # by it the server's processes are found again
+  BORG_LOADTEST_CLUSTER=$mark "$@" > "$OUT/$name.log" 2>&1 &
   server=$!
-  trap 'kill -- -$server' EXIT
+  trap finish EXIT
   until curl -sf "http://127.0.0.1:$PORT/ready" > /dev/null; do
     kill -0 $server || { tail -20 "$OUT/$name.log"; exit 1; }
     sleep 1
@@ -39,9 +40,15 @@ measure() {
       echo "$name $repeat $line" | tee -a "$OUT/multi-gpu.txt"
     done
   done
-  kill -- -$server
-  wait $server || true
+  finish
   trap - EXIT
+}
+
+# finish: end the server, and what Ray leaves behind: HAProxy would keep the port.
+finish() {
+  kill $server || true
+  python3 -c 'import sys; from loadtests.clusters import end; end(sys.argv[1])' "$mark"
+  wait $server || true
 }
 
 # deployment FILE TP REPLICAS: a deploy file for this host alone, with so many replicas, no keys and the settings above.

@@ -14,7 +14,7 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-__all__ = ["LOOK", "Server", "free_port", "marked", "metric", "ours", "running", "stock"]
+__all__ = ["LOOK", "Server", "free_port", "lives", "marked", "metric", "ours", "running", "stock"]
 
 LOOK = httpx.Client(timeout=10, limits=httpx.Limits(max_keepalive_connections=0))
 """For whoever asks often: to make a client costs 40 ms of CPU, for the certificates of authorities that nobody asks."""
@@ -47,13 +47,15 @@ def marked(variable: str, value: str) -> list[psutil.Process]:
         with suppress(psutil.Error):
             if process.environ().get(variable) == value:
                 found |= {process, *process.children(recursive=True)}
-    return [process for process in found if _lives(process)]
+    return [process for process in found if lives(process)]
 
 
-def _lives(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
+def lives(process: psutil.Process) -> bool:
+    """Whether it runs; a zombie has ended."""
+    try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
-    return False
+    except psutil.NoSuchProcess:
+        return False
 
 
 @dataclass

@@ -16,7 +16,7 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtests.servers import LOOK
+from loadtests.servers import LOOK, lives
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "configs" / "demo-cpu.yaml"
@@ -59,7 +59,7 @@ class Server:
         found = {process for process in psutil.process_iter() if _session(process.pid) == self.pid}
         with suppress(psutil.NoSuchProcess):
             found |= set(psutil.Process(self.pid).children(recursive=True))
-        return [process for process in found if process.pid != self.pid and _alive(process)]
+        return [process for process in found if process.pid != self.pid and lives(process)]
 
     def ended(self, limit_s: float = END_S) -> int:
         """Wait until it has ended by itself, and return its exit status."""
@@ -159,10 +159,3 @@ def _session(pid: int) -> int | None:
         return os.getsid(pid)
     except OSError:
         return None
-
-
-def _alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
