@@ -56,13 +56,17 @@ class Pair:
     def post(self, body: dict[str, Any]) -> httpx.Response:
         return httpx.post(f"{self.server.base_url}{CHAT}", json=body, headers=self.headers, timeout=60)
 
-    def stream(self, stack: ExitStack, body: dict[str, Any]) -> tuple[httpx.Response, Iterator[str]]:
-        """Begin a stream that lives as long as the stack: the answer, and its lines after the first."""
-        client = stack.enter_context(httpx.Client(base_url=self.server.base_url, headers=self.headers, timeout=60))
-        answer = stack.enter_context(client.stream("POST", CHAT, json=body | {"stream": True}))
-        lines = answer.iter_lines()
-        next(lines)
-        return answer, lines
+    def clients(self, stack: ExitStack) -> list[httpx.Client]:
+        """One with a connection to each of the two processes; they live as long as the stack."""
+        found: dict[int, httpx.Client] = {}
+        for _ in range(64):  # a connection goes to the process that happens to take it
+            client = stack.enter_context(httpx.Client(base_url=self.server.base_url, headers=self.headers, timeout=60))
+            own = client.get("/health").extensions["network_stream"].get_extra_info("client_addr")[1]
+            (holder,) = (process for process in api_processes(self.server) if own in client_ports(process))
+            found[holder.pid] = client
+            if len(found) == 2:
+                return list(found.values())
+        raise AssertionError("one process took every connection")
 
 
 def common(checkpoint: Path) -> list[str]:
@@ -180,16 +184,18 @@ def test_processes_drain_together_at_sigterm(pair: Pair) -> None:
     """Last of those that share the pair: it ends it."""
     family = pair.server.family()
     with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
-        streams: list[tuple[httpx.Response, Iterator[str]]] = []
-        while len(connected(pair.server)) < 2:  # one that has nothing to finish is gone at once
-            assert len(streams) < 8
-            streams.append(pair.stream(stack, request(max_tokens=100)))
+        body = request(max_tokens=100, stream=True)
+        streams = [  # on each of the two: one that has nothing to finish is gone at once
+            stack.enter_context(client.stream("POST", CHAT, json=body)).iter_lines() for client in pair.clients(stack)
+        ]
+        for lines in streams:
+            next(lines)
         stopping = pool.submit(pair.server.stop)
         end = time.monotonic() + 30
         while pair.get("/ready").status_code == 200:
             assert time.monotonic() < end
         ready, refused = pair.get("/ready"), pair.post(request())
-        ends = [[line for line in lines if line][-2:] for _, lines in streams]
+        ends = [[line for line in lines if line][-2:] for lines in streams]
     assert (ready.status_code, ready.json()["status"]) == (503, "draining")
     assert check_error(refused, 503)["code"] == "not_ready"
     for finish, done in ends:
@@ -243,15 +249,17 @@ def api_processes(server: Server) -> list[psutil.Process]:
 
 def connected(server: Server) -> list[psutil.Process]:
     """The API processes that hold a connection of a client."""
-    port = httpx.URL(server.base_url).port
-    return [
-        process
-        for process in api_processes(server)
-        if any(
-            item.laddr.port == port and item.status == psutil.CONN_ESTABLISHED
-            for item in process.net_connections("tcp")
-        )
-    ]
+    return [process for process in api_processes(server) if client_ports(process)]
+
+
+def client_ports(process: psutil.Process) -> set[int]:
+    """Those at the other ends of the connections to the server that an API process holds."""
+    (own,) = {item.laddr.port for item in process.net_connections("tcp") if item.status == psutil.CONN_LISTEN}
+    return {
+        item.raddr.port
+        for item in process.net_connections("tcp")
+        if item.laddr.port == own and item.status == psutil.CONN_ESTABLISHED
+    }
 
 
 def metrics(pair: Pair) -> dict[str, float]:
