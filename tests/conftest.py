@@ -10,10 +10,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from borg_serve import demo
 from borg_serve.engine import prepare_environment
 from loadtests import servers
 from tests.stillness import Stillness
 from tests.waiting import wait_until
+from tests.workers import WORKERS
 
 prepare_environment()
 # Machines are shared and noisy: how long one example takes says nothing.
@@ -62,6 +64,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return tier, "server" in fixtures, "ending" in fixtures
 
     items.sort(key=rank)
+
+
+@pytest.fixture(scope="session")
+def divisible(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint with heads that two workers can share; it computes the same."""
+    from tests.engine.padded import pad  # torch takes seconds, which pure tests do not have
+
+    return pad(demo.materialise(), tmp_path_factory.mktemp("divisible") / "model")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(request: pytest.FixtureRequest) -> Path:
+    """The demo checkpoint, made the first time, in a form that the workers can share."""
+    found: Path = demo.materialise() if WORKERS == 1 else request.getfixturevalue("divisible")
+    return found
 
 
 @dataclass(frozen=True)

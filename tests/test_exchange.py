@@ -198,7 +198,7 @@ async def test_exchange_stops_the_engine_when_the_client_leaves(body: dict[str, 
     begun = time.monotonic()
     client.left.set()
     await client.ended()
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 5  # not after the 60 s that the application still has to say something
     assert len(client.sent) == sent, "nobody is there to be answered"
     assert (app.stopped, app.running, len(gate.live)) == (1, 0, 0)
     assert gate._admission is not None

@@ -21,9 +21,9 @@ import psutil
 import pytest
 import yaml
 
-from borg_serve import demo
 from loadtests import clusters, servers
 from loadtests.servers import LOOK
+from tests import workers
 from tests.conftest import Redis
 from tests.engine.process import environment as environment_of_a_user
 from tests.engine.process import free_port
@@ -39,6 +39,7 @@ GENTLE = {
     "limits.deadline_s": 180,
     "limits.stall_s": 60,
     "engine.kv_cache_memory_bytes": 1 << 30,
+    **workers.SETTINGS,
 }
 FIRST_PORT = 33000
 """Replicas listen from here on."""
@@ -79,6 +80,7 @@ class Cluster:
     folder: Path
     environment: dict[str, str]
     nodes: "Nodes"
+    checkpoint: Path
 
     def tail(self) -> str:
         """Return the last lines of its log, for a failed assertion to show."""
@@ -121,10 +123,11 @@ class Cluster:
         """Keep so many users asking."""
         return load(self.url, users)
 
-    def deploy(self, config: dict[str, Any]) -> None:
-        """Give Serve another configuration of the same application."""
+    def deploy(self, **changes: object) -> None:
+        """Give Serve the same application again, with these changes to its profile."""
         file = self.folder / "again.yaml"
-        file.write_text(yaml.safe_dump(config))
+        port = int(self.url.rpartition(":")[2])
+        file.write_text(yaml.safe_dump(configuration(self.checkpoint, port, **changes)))
         address = ["--address", self.nodes.dashboard]
         subprocess.run([SERVE, "deploy", *address, str(file)], cwd=ROOT, env=self.environment, check=True, timeout=120)
 
@@ -179,11 +182,11 @@ def _end(url: str, body: dict[str, Any]) -> str:
     return f"{answer.status_code} silent: {last[-100:]}"
 
 
-def configuration(port: int, **changes: object) -> dict[str, Any]:
+def configuration(checkpoint: Path, port: int, **changes: object) -> dict[str, Any]:
     """Return the demo's own deploy file with another port and these changes to its profile."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "deploy/demo-cpu.yaml").read_text())
     config["http_options"]["port"] = port
-    config["applications"][0]["args"]["set"] |= {"model.path": str(demo.materialise()), **GENTLE, **changes}
+    config["applications"][0]["args"]["set"] |= {"model.path": str(checkpoint), **GENTLE, **changes}
     return config
 
 
@@ -238,11 +241,11 @@ class Nodes:
 
 
 @pytest.fixture(scope="session")
-def cluster(redis: Redis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(checkpoint: Path, redis: Redis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The demo's cluster, ready, one replica a node; at the end no process of it may be left behind."""
     folder = tmp_path_factory.mktemp("cluster")
     port = free_port()
-    (folder / "deploy.yaml").write_text(yaml.safe_dump(configuration(port)))
+    (folder / "deploy.yaml").write_text(yaml.safe_dump(configuration(checkpoint, port)))
     environment = {
         **environment_of_a_user(),
         MARK: uuid4().hex,
@@ -265,7 +268,7 @@ def cluster(redis: Redis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    cluster = Cluster(f"http://127.0.0.1:{port}", process, log, folder, environment, nodes)
+    cluster = Cluster(f"http://127.0.0.1:{port}", process, log, folder, environment, nodes, checkpoint)
     try:
         end = time.monotonic() + READY_S
         while len(cluster.replicas()) < 2 or cluster.ready() != 200:

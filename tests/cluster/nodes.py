@@ -10,7 +10,9 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-CPUS = 1
+from tests.workers import WORKERS
+
+CPUS = WORKERS
 """Logical ones a node: room for one replica of the demo."""
 
 

@@ -11,8 +11,8 @@ import httpx
 import openai
 
 from loadtests.servers import LOOK
-from tests import promql
-from tests.cluster.conftest import ROOT, Cluster, configuration
+from tests import promql, workers
+from tests.cluster.conftest import ROOT, Cluster
 from tests.waiting import wait_until
 
 CHAT = "/v1/chat/completions"
@@ -102,9 +102,9 @@ def test_cluster_shows_every_metric_of_its_dashboards(cluster: Cluster, targets:
     assert missing == set()
 
 
-def test_cluster_engine_of_one_worker_is_one_process(cluster: Cluster) -> None:
+def test_cluster_engines_have_the_workers_that_the_profile_says(cluster: Cluster) -> None:
     for replica in cluster.replicas():
-        assert [child.cmdline()[:1] for child in cluster.engine_of(replica).children()] == []
+        workers.check(cluster.engine_of(replica).children())
 
 
 def test_cluster_replaces_a_lost_engine_while_the_other_serves(cluster: Cluster) -> None:
@@ -158,8 +158,7 @@ def test_cluster_replaces_a_lost_engine_while_the_other_serves(cluster: Cluster)
 
 def test_cluster_lets_no_other_checkpoint_join(cluster: Cluster) -> None:
     before = cluster.replicas()
-    port = int(cluster.url.rpartition(":")[2])
-    cluster.deploy(configuration(port, **{"cluster.expect_root": "0" * 64}))
+    cluster.deploy(**{"cluster.expect_root": "0" * 64})
     statuses: list[int] = []
 
     def refused() -> bool:
@@ -170,7 +169,7 @@ def test_cluster_lets_no_other_checkpoint_join(cluster: Cluster) -> None:
     wait_until("the replica says why it does not start", refused, 240)
     assert set(statuses) == {200}
     assert {replica.name for replica in cluster.replicas()} <= {replica.name for replica in before}
-    cluster.deploy(configuration(port))
+    cluster.deploy()
     wait_until("two replicas again", lambda: len(cluster.replicas()) == 2, 240)
 
 
@@ -179,8 +178,7 @@ def test_cluster_changes_the_identity_without_a_failed_request(cluster: Cluster,
     text = (ROOT / "configs/identity/borg-merge-v1.md").read_text()
     prompt = tmp_path / "identity.md"
     prompt.write_text(text.rstrip() + "\n\nYou are in your second edition.\n")
-    port = int(cluster.url.rpartition(":")[2])
-    cluster.deploy(configuration(port, **{"identity.prompt": str(prompt)}))
+    cluster.deploy(**{"identity.prompt": str(prompt)})
 
     def changed() -> bool:
         replicas = cluster.replicas()

@@ -7,22 +7,9 @@ import httpx
 import openai
 import pytest
 
-from borg_serve import demo
+from tests import workers
 from tests.engine.collector import Collector, receiving
-from tests.engine.padded import pad
 from tests.engine.process import Server, living, running
-
-
-@pytest.fixture(scope="session")
-def checkpoint() -> Path:
-    """The demo checkpoint, made the first time."""
-    return demo.materialise()
-
-
-@pytest.fixture(scope="session")
-def divisible(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that computes the same, and that two workers can share."""
-    return pad(checkpoint, tmp_path_factory.mktemp("divisible") / "model")
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +26,7 @@ def server(checkpoint: Path, collector: Collector, tmp_path_factory: pytest.Temp
     with running(tmp_path_factory.mktemp("server"), *settings, more=collector.environment) as server:
         family = server.family()
         assert family, "the engine must be a process of its own"
+        workers.check(family)
         yield server
         assert server.stop() == 0, server.tail()
         assert living(family) == []

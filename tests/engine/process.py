@@ -17,6 +17,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.servers import LOOK, lives
+from tests import workers
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "configs" / "demo-cpu.yaml"
@@ -26,6 +27,7 @@ PATIENT = (
     "--set=limits.deadline_s=180",
     "--set=limits.stall_s=60",
 )
+SHARED = tuple(f"--set={key}={value}" for key, value in workers.SETTINGS.items())
 READY_S = 600.0
 END_S = 60.0
 
@@ -83,7 +85,7 @@ def running(
     log = folder / "server.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command("serve", "--config", str(profile), f"--set=server.port={port}", *PATIENT, *settings),
+            command("serve", "--config", str(profile), f"--set=server.port={port}", *SHARED, *PATIENT, *settings),
             cwd=ROOT,
             env=environment() | dict(more or {}),
             stdin=subprocess.DEVNULL,

@@ -200,7 +200,7 @@ def test_fault_slow_reader_is_aborted_and_frees_what_it_held(watched: Server) ->
         wait_until("the slow reader is admitted", lambda: clients.metric("borg_inflight") == 4, 30)
         # Nothing is read from here on: the socket's buffers fill, then stall_s runs.
         wait_until("it is aborted", lambda: clients.metric("borg_refusals_total", reason="stalled") == 1, 60)
-        wait_until("its places are free", lambda: idle(clients), 5)
+        wait_until("its places are free", lambda: idle(clients), 30)
         # The connection was ended, not left with what is unsent: reading finds its end at once.
         sock.settimeout(5)
         text = b""
@@ -352,7 +352,7 @@ def test_fault_full_queue_is_503_with_retry_after_at_once(hurried: Server) -> No
     for answer, end in first:
         end.result(60)
         assert answer.status == 504, answer.text
-    wait_until("idle", lambda: idle(clients), 5)
+    wait_until("idle", lambda: idle(clients), 30)
 
 
 def test_fault_deadline_before_the_first_byte_is_504(hurried: Server) -> None:
@@ -369,7 +369,7 @@ def test_fault_deadline_in_a_stream_is_an_error_event(hurried: Server) -> None:
     end.result(60)
     check_failed_stream(answer, "deadline_exceeded")
     assert answer.seconds > DEADLINE_S - 0.5
-    wait_until("idle", lambda: idle(clients), 5)
+    wait_until("idle", lambda: idle(clients), 30)
 
 
 def test_fault_killed_worker_ends_everything(hurried: Server) -> None:
@@ -422,7 +422,7 @@ def test_fault_killed_server_leaves_no_engine_behind(checkpoint: Path, tmp_path:
 
 
 def test_fault_sigterm_lets_streams_finish_and_takes_no_more(checkpoint: Path, tmp_path: Path) -> None:
-    with running(tmp_path, f"--set=model.path={checkpoint}", "--set=server.drain_s=60") as server:
+    with running(tmp_path, f"--set=model.path={checkpoint}", "--set=server.drain_s=170") as server:
         clients, family = Clients(server), server.family()
         streams = [clients.ask(LONG, stream=True, max_tokens=200) for _ in range(2)]
         whole, whole_end = clients.ask(LONG, max_tokens=200)
@@ -439,11 +439,11 @@ def test_fault_sigterm_lets_streams_finish_and_takes_no_more(checkpoint: Path, t
         assert late.error()["code"] == "not_ready"
         assert httpx.get(f"{server.base_url}/health").status_code == 200
         for answer, end in streams:
-            end.result(90)
+            end.result(180)
             *_, last, done = answer.events()
             assert done == "[DONE]"
             assert json.loads(last)["choices"][0]["finish_reason"] == "length"
-        whole_end.result(90)
+        whole_end.result(180)
         assert json.loads(whole.text)["usage"]["completion_tokens"] == 200
         assert server.ended() == 0, server.tail()
         assert left(family) == []

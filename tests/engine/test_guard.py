@@ -22,6 +22,7 @@ from borg_serve.config import Probe, load
 from borg_serve.errors import EngineError
 from borg_serve.guard import IdentityMissing
 from borg_serve.preparation import Preparation
+from tests import workers
 from tests.engine.process import PROFILE
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class Engine:
 @pytest_asyncio.fixture(scope="module", loop_scope="module", name="living")
 async def living_engine(checkpoint: Path) -> AsyncIterator[Engine]:
     """An engine behind the guard, warm."""
-    config = load(PROFILE, [f"model.path={checkpoint}", "engine.kv_cache_memory_bytes=1073741824"])
+    sets = {"model.path": checkpoint, "engine.kv_cache_memory_bytes": 1 << 30, **workers.SETTINGS}
+    config = load(PROFILE, [f"{key}={value}" for key, value in sets.items()])
     prepared = await asyncio.to_thread(preparation.prepare, config)
     steps: list[float] = []
     client = await asyncio.to_thread(engine.start, prepared.args, None, lambda: steps.append(time.monotonic()))

@@ -36,7 +36,7 @@ def pair(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         f"--set=server.keys={folder / 'keys.yaml'}",
         f"--set=limits.deadline_s={DEADLINE_S}",
         "--set=limits.body_s=1",
-        "--set=server.drain_s=50",  # a slow machine may take that long for the streams that are open then
+        "--set=server.drain_s=120",  # a slow machine may take that long for the streams that are open then
         f"--set=limits.concurrent={PLACES}",
         "--set=limits.queued=0",
     ) as server:
@@ -190,7 +190,7 @@ def test_processes_drain_together_at_sigterm(pair: Pair) -> None:
         ]
         for lines in streams:
             next(lines)
-        stopping = pool.submit(pair.server.stop)
+        stopping = pool.submit(pair.server.stop, 150)
         end = time.monotonic() + 30
         while pair.get("/ready").status_code == 200:
             assert time.monotonic() < end
