@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from uuid import uuid4
 
@@ -30,6 +31,7 @@ __all__ = [
     "attention",
     "command_line",
     "device",
+    "divide",
     "field_problems",
     "generate",
     "heartbeat",
@@ -321,11 +323,19 @@ def prepare_cpu(enforce_eager: bool, workers: int) -> None:
         # and without a C++ compiler the engine dies of it.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if workers > 1:
-        from vllm.utils.cpu_resource_utils import get_visible_memory_node
+        from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
 
         if len(get_visible_memory_node()) < workers:
-            # vLLM has a memory node for each worker, or none starts; with this it divides one node's cores among them.
-            os.environ.setdefault("VLLM_CPU_SIM_MULTI_NUMA", "1")
+            # vLLM wants a memory node for each worker. With fewer it takes a list of cores for each.
+            cores = {cpu.physical_core: cpu.id for cpu in get_allowed_cpu_list()}  # one thread a core, as vLLM does
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", divide(sorted(cores.values()), workers))
+
+
+def divide(cores: Sequence[int], workers: int) -> str:
+    """Cores for each worker, in vLLM's form: cores 0 to 3 for 2 workers are `0,1|2,3`. With too few they share."""
+    at = [rank * len(cores) // workers for rank in range(workers + 1)]
+    parts = [cores[begin:end] or cores for begin, end in pairwise(at)]
+    return "|".join(",".join(map(str, part)) for part in parts)
 
 
 def step_logger(step: Callable[[], None]) -> Any:

@@ -189,6 +189,19 @@ def test_environment_keeps_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("cores", "workers", "lists"),
+    [
+        ([0, 1], 2, "0|1"),
+        ([0, 2, 4, 6], 2, "0,2|4,6"),
+        ([0, 1, 2], 2, "0|1,2"),
+        ([3], 2, "3|3"),
+    ],
+)
+def test_cores_are_divided_among_workers(cores: list[int], workers: int, lists: str) -> None:
+    assert engine.divide(cores, workers) == lists
+
+
 def test_preparation_is_frozen_and_whole() -> None:
     assert dataclasses.fields(Preparation)
     assert Preparation.__dataclass_params__.frozen  # type: ignore[attr-defined]

@@ -184,7 +184,7 @@ def test_processes_drain_together_at_sigterm(pair: Pair) -> None:
     """Last of those that share the pair: it ends it."""
     family = pair.server.family()
     with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
-        body = request(max_tokens=100, stream=True)
+        body = request(max_tokens=60, stream=True)  # within the deadline
         streams = [  # on each of the two: one that has nothing to finish is gone at once
             stack.enter_context(client.stream("POST", CHAT, json=body)).iter_lines() for client in pair.clients(stack)
         ]
