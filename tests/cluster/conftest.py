@@ -241,7 +241,7 @@ class Nodes:
 
 
 @pytest.fixture(scope="session")
-def cluster(checkpoint: Path, redis: Redis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def shared_cluster(checkpoint: Path, redis: Redis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The demo's cluster, ready, one replica a node; at the end no process of it may be left behind."""
     folder = tmp_path_factory.mktemp("cluster")
     port = free_port()
@@ -290,7 +290,14 @@ def cluster(checkpoint: Path, redis: Redis, tmp_path_factory: pytest.TempPathFac
         shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
+def cluster(shared_cluster: Cluster) -> Cluster:
+    """That cluster with both its replicas: the last test, or this one's first run in a pause, may have taken one."""
+    wait_until("two replicas", lambda: len(shared_cluster.replicas()) == 2 and shared_cluster.ready() == 200, READY_S)
+    return shared_cluster
+
+
+@pytest.fixture
 def targets(cluster: Cluster) -> list[str]:
     """Addresses of Ray's metrics, as Ray's own service discovery names them."""
     file = Path(cluster.environment["RAY_TMPDIR"]) / "ray" / "prom_metrics_service_discovery.json"
