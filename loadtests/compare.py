@@ -1,4 +1,4 @@
-"""Our server beside vLLM's, Ray Serve LLM and the original app's way: `python -m loadtests.compare`, about 45 minutes.
+"""Our server beside vLLM's, Ray Serve LLM and the original app's way: `python -m loadtests.compare`, about 55 minutes.
 
 In turn, forwards and backwards (A B C C B A): all are started once, and paused where they are, a cluster with every
 process of it, while another has its turn. Definitions of the figures are in the report.
@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,9 +92,15 @@ def turn(
 
 
 def measure(
-    config: str, rounds: int, tokens: int, only: Sequence[str], users: Sequence[int], sets: Sequence[str]
-) -> dict[str, Any]:
-    """Run the whole comparison; its JSON document."""
+    config: str,
+    rounds: int,
+    tokens: int,
+    only: Sequence[str],
+    users: Sequence[int],
+    sets: Sequence[str],
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Run the whole comparison. After each round, `keep` gets the JSON document of all so far: it takes an hour."""
     engine.prepare_environment()
     sets = [KV, *sets]
     profile = load(Path(config), sets)
@@ -128,16 +134,19 @@ def measure(
                 )
                 took = time.monotonic() - begin
                 print(f"round {number + 1}/{rounds} {one.name:16} {shown} ({took:.0f} s)", file=sys.stderr, flush=True)
-    return {
-        "versions": {"vllm": engine.vllm_version(), "python": platform.python_version(), **_versions()},
-        "machine": {"processor": platform.machine(), "cores": len(os.sched_getaffinity(0))},
-        "rounds": rounds,
-        "tokens": tokens,
-        "users": sorted(users),
-        "contenders": {one.name: one.title for one in taking_part},
-        "blocks": {name: [asdict(result) for result in results] for name, results in blocks.items() if results},
-        "failures": failures,
-    }
+            found = {name: [asdict(result) for result in results] for name, results in blocks.items() if results}
+            keep(
+                {
+                    "versions": {"vllm": engine.vllm_version(), "python": platform.python_version(), **_versions()},
+                    "machine": {"processor": platform.machine(), "cores": len(os.sched_getaffinity(0))},
+                    "rounds": number + 1,
+                    "tokens": tokens,
+                    "users": sorted(users),
+                    "contenders": {one.name: one.title for one in taking_part},
+                    "blocks": found,
+                    "failures": failures,
+                }
+            )
 
 
 def _versions() -> dict[str, str]:
@@ -289,12 +298,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
-    document = measure(
-        arguments.config, arguments.rounds, arguments.tokens, arguments.only, arguments.users, arguments.set
-    )
-    document["command"] = " ".join(["python -m loadtests.compare", *sys.argv[1:]])
-    document["summary"] = summary(document)
-    write(arguments.out, arguments.name, document, markdown(document))
+    command = " ".join(["python -m loadtests.compare", *sys.argv[1:]])
+
+    def keep(document: dict[str, Any]) -> None:
+        whole = {**document, "command": command, "summary": summary(document)}
+        write(arguments.out, arguments.name, whole, markdown(whole))
+
+    measure(arguments.config, arguments.rounds, arguments.tokens, arguments.only, arguments.users, arguments.set, keep)
 
 
 if __name__ == "__main__":

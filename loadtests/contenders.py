@@ -187,4 +187,5 @@ def _ray(
         try:
             yield Running(server.url, lambda: clusters.family(server), pause, resume)
         finally:
-            resume()
+            with suppress(psutil.Error):  # ended already, by the signal that ends this too
+                resume()
