@@ -236,7 +236,7 @@ class BorgServer(LLMServer):
             raise CheckpointError(f"{where}, got {prepared.identity.sha256}. {cure}")
         self._prepared, self._shared = prepared, Shared.of(1)
         self._shared.pids[0] = os.getpid()
-        engine.prepare_cpu(bool(config.engine.get("enforce_eager")), engine.workers(config.engine))
+        engine.prepare_cpu(config.engine)
         tokens = len(prepared.prefix.token_ids)
         full = serve_config(config, str(prepared.directory), {}, prepared.chat_template, tokens)
         # The checkpoint is here, and verified; Ray would start a process of its own on every node to look for it.

@@ -314,21 +314,22 @@ async def heartbeat(client: "AsyncLLM", prompt: Sequence[int]) -> None:
     HEARTBEAT_TOKENS.labels("output").inc()
 
 
-def prepare_cpu(enforce_eager: bool, workers: int) -> None:
-    """Set what a CPU engine of so many workers, and its processes, read from the environment; before it starts."""
+def prepare_cpu(arguments: Mapping[str, Any]) -> None:
+    """Set what a CPU engine with these arguments, and its processes, read from the environment; before it starts."""
     if device() != "cpu":
         return
-    if enforce_eager:
+    if arguments.get("enforce_eager"):
         # vLLM compiles its log-probabilities with torch all the same: 20 s on the first request that asks for them,
         # and without a C++ compiler the engine dies of it.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    if workers > 1:
+    count = workers(arguments)
+    if count > 1:
         from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
 
-        if len(get_visible_memory_node()) < workers:
+        if len(get_visible_memory_node()) < count:
             # vLLM wants a memory node for each worker. With fewer it takes a list of cores for each.
             cores = {cpu.physical_core: cpu.id for cpu in get_allowed_cpu_list()}  # one thread a core, as vLLM does
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", divide(sorted(cores.values()), workers))
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", divide(sorted(cores.values()), count))
 
 
 def divide(cores: Sequence[int], workers: int) -> str:
@@ -364,7 +365,7 @@ def start(args: Namespace, client_config: Mapping[str, Any] | None, step: Callab
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    prepare_cpu(args.enforce_eager, workers(vars(args)))
+    prepare_cpu(vars(args))
     addresses = dict(client_config or {})
     count, index = addresses.pop("client_count", 1), addresses.pop("client_index", 0)
     engine_args = AsyncEngineArgs.from_cli_args(args)

@@ -35,7 +35,7 @@ def supervise(prepared: Preparation, sock: socket.socket, shared: Shared) -> int
     count = prepared.config.server.processes
     setup_multiprocess_prometheus()  # type: ignore[no-untyped-call]
     stopping = _Stopping()
-    engine.prepare_cpu(prepared.args.enforce_eager, engine.workers(vars(prepared.args)))
+    engine.prepare_cpu(vars(prepared.args))
     engine_args = AsyncEngineArgs.from_cli_args(prepared.args)
     engine_args._api_process_count, engine_args._api_process_rank = count, -1
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
