@@ -10,7 +10,7 @@ DURATION ?= 60
 PROCESSES ?= 1
 ROUNDS ?= 5
 BIN := .venv/bin
-CLUSTER := RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1 RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY=1 RAY_SERVE_HAPROXY_RETRY_ON="conn-failure empty-response" RAY_worker_niceness=0 RAY_USAGE_STATS_ENABLED=0
+CLUSTER := RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1 RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY=1 RAY_SERVE_HAPROXY_RETRY_ON="conn-failure empty-response" RAY_worker_niceness=0 RAY_USAGE_STATS_ENABLED=0 RAY_SERVE_CONTROL_LOOP_INTERVAL_S=1 RAY_SERVE_METRICS_EXPORT_INTERVAL_MS=5000
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium redis-server fonts-dejavu-core
 HINT := "make setup: .venv is not complete, the next make starts it again. If torch was not found, let pip see PyTorch's index of CPU wheels too."
 MAKEFLAGS += --no-print-directory

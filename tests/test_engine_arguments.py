@@ -183,10 +183,12 @@ def test_field_that_is_right_is_no_problem() -> None:
 def test_environment_keeps_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
     engine.prepare_environment()
     assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"  # a forked engine would not have our plugin
 
 
 @pytest.mark.parametrize(

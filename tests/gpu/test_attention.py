@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 if not (torch.cuda.is_available() and current_platform.is_cuda()):
     pytest.skip("needs a CUDA device and vLLM for CUDA", allow_module_level=True)
 
-from borg_serve import attention, rows
+from borg_serve import attention, attention_kernels, rows
 from borg_serve.attention import SharedPrefixMetadata
 from tests.gpu.steps import DEVICE, KINDS, Backend, Shape, Step, step
 
@@ -146,6 +146,30 @@ def test_attention_merge_is_the_reference() -> None:
     prefix[~shared], prefix_lse[:, ~shared] = torch.nan, torch.nan  # what nobody may read
     expected = rows.merge(prefix, prefix_lse, own, own_lse, shared)
     output = own.clone()
-    attention.merge(output, own_lse, prefix, prefix_lse, shared)
+    attention_kernels.merge(output, own_lse, prefix, prefix_lse, shared)
     torch.testing.assert_close(output, expected)
     assert torch.equal(output[~shared], own[~shared])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_attention_split_is_the_reference(seed: int) -> None:
+    rng = random.Random(seed)
+    shape = Shape()
+    kinds = [rng.choice(KINDS) for _ in range(rng.randint(32, 300))] if seed else ["short"] * 40
+    common = step(shape, kinds, seed, 600).common
+    count, block = common.num_reqs, shape.block
+    blocks = shape.prefix // block
+    columns = -(-common.max_seq_len // block)
+    read = common.block_table_tensor[:count], common.seq_lens[:count], common.query_start_loc[: count + 1]
+    expected = rows.split(*read, blocks, block, columns)
+    tokens = common.num_actual_tokens + 300 * (seed % 2)  # some are padding
+    prefix, rest, lens = (
+        torch.full(size, -7, dtype=torch.int32, device=DEVICE) for size in ((1, blocks), (count, columns + 3), (count,))
+    )
+    shared = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
+    attention_kernels.split(*read, block, prefix, rest[:, :columns], lens, shared)
+    assert torch.equal(prefix, expected.prefix_blocks)
+    assert torch.equal(rest[:, :columns], expected.block_table)
+    assert (rest[:, columns:] == -7).all()
+    assert torch.equal(lens, expected.lens)
+    assert torch.equal(shared, rows.shared_tokens(expected.shared, common.query_start_loc[: count + 1], tokens))
