@@ -392,6 +392,11 @@ async def test_heartbeat_moves_the_clock_of_progress(living: Engine) -> None:
     assert len(living.steps) > steps
 
 
+async def test_heartbeat_computes_one_token_from_the_second_time_on(living: Engine) -> None:
+    await engine.heartbeat(living.client, living.prepared.warm_up_ids)
+    assert await engine.heartbeat(living.client, living.prepared.warm_up_ids) == 1
+
+
 async def test_install_refuses_an_empty_identity_and_a_moved_engine(living: Engine) -> None:
     with pytest.raises(EngineError, match="the identity has no tokens"):
         guard.install(living.client, [])
