@@ -20,6 +20,7 @@ import psutil
 from borg_serve.errors import BorgServeError, ConfigError, Problem
 from loadtests import page
 from loadtests.records import Record, read, write_csv
+from loadtests.saturation import answer
 from loadtests.scrape import Scraper
 from loadtests.servers import free_port
 from loadtests.slo import load
@@ -111,6 +112,8 @@ def verdict(run: dict[str, Any]) -> str:
         row = figures["latency_ms"][name]
         if row["count"]:
             lines.append(f"{name:20} p50 {row['p50']:9.1f} ms  p95 {row['p95']:9.1f} ms  p99 {row['p99']:9.1f} ms")
+    if found := run["run"].get("saturation"):
+        lines.append(answer(found))
     for row in run["verdicts"]:
         measured = "undefined" if row["measured"] is None else f"{row['measured']:.4g}"
         word = "met" if row["met"] else "NOT MET"

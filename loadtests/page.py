@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loadtests.records import from_dict
+from loadtests.saturation import answer
 from loadtests.svg import Series, plot
 
 __all__ = ["page"]
@@ -91,6 +92,8 @@ def banner(document: Mapping[str, Any]) -> str:
         kind, text = "void", "Void: these figures say nothing about the server."
     elif document["met"] is None:
         kind, text = "open", "No SLO was given."
+    elif found := document["run"].get("saturation"):
+        kind, text = "met" if document["met"] else "unmet", answer(found)
     else:
         kind, text = ("met", "The SLO is met.") if document["met"] else ("unmet", "The SLO is not met.")
     items = "".join(f"<li>{html.escape(line)}</li>" for line in [*document["void"], *document["notes"]])
@@ -115,7 +118,7 @@ def tiles(figures: Mapping[str, Any]) -> str:
 
 
 def slo(document: Mapping[str, Any]) -> str:
-    if document["slo"] is None:
+    if not document["verdicts"]:
         return ""
     rows = [
         [
@@ -207,10 +210,8 @@ def search(found: Mapping[str, Any] | None) -> str:
         ]
         for row in sorted(found["rates"], key=lambda row: float(row["rate"]))
     ]
-    meets, not_ = (f"{found[name]:.3g}" if found[name] else "none" for name in ("meets", "does_not"))
-    sentence = f"Highest rate that met the SLO: {meets} requests/s; lowest that did not: {not_}."
     heads = ["requests/s", "good requests", f"95% interval of the good part (needed: {found['need']:g})", "verdict"]
-    return f"<h2>Saturation</h2><p>{sentence}</p>{table(heads, rows)}"
+    return f"<h2>Saturation</h2><p>{answer(found)}</p>{table(heads, rows)}"
 
 
 def agreement(rows: Sequence[Mapping[str, Any]]) -> str:

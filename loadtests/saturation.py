@@ -6,9 +6,11 @@ together.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["Rate", "Search", "wilson"]
+__all__ = ["Rate", "Search", "answer", "wilson"]
 
 Z95 = 1.96
 
@@ -100,3 +102,9 @@ class Search:
             for rate in self.tried
         ]
         return {"need": self.need, "meets": low, "does_not": high, "rates": rows}
+
+
+def answer(found: Mapping[str, Any]) -> str:
+    """What a search found, by its document."""
+    meets, not_ = (f"{found[name]:.3g}" if found[name] else "none" for name in ("meets", "does_not"))
+    return f"Highest rate that met the SLO: {meets} requests/s; lowest that did not: {not_}."

@@ -10,6 +10,7 @@ import pytest
 
 from loadtests.calibrate import errors
 from loadtests.calibrate import summary as calibrated
+from loadtests.load import verdict
 from loadtests.page import page
 from loadtests.records import DEFINITIONS, Outcome, read, write, write_csv
 from loadtests.scrape import agreement, values
@@ -124,15 +125,18 @@ def samples() -> list[tuple[float, dict[str, float]]]:
     ]
 
 
-@pytest.fixture
-def report() -> dict[str, Any]:
+def made(search: dict[str, object] | None = None) -> dict[str, Any]:
     slo = Path("slo<x>.yaml"), Slo(ttft_p99_ms=110, tpot_p95_ms=500, error_rate=0.0)
     level: dict[str, Any] = {"streams": 8, "events_per_s": 400, "within": True, "at_once": 8}
     percentiles = {"p50": 0.5, "p99": 2.0, "max": 3.0}
     level |= dict.fromkeys(("ttft_error_ms", "itl_error_ms", "lag_ms"), percentiles)
     broken = record(30, outcome=Outcome.BROKEN, detail="<script>alert(1)</script>")
-    search = searched()
     return document(run(saturation=search), [*many(30), broken], slo, calibrated([level]), samples=samples())
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    return made()
 
 
 def searched() -> dict[str, object]:
@@ -161,10 +165,22 @@ def test_page_holds_what_a_reader_needs(report: dict[str, Any]) -> None:
     assert "nothing was measured" not in text.replace("KV", "")
     assert "The SLO is not met." in text
     assert "accurate up to 8 streams" in text
-    assert "Highest rate that met the SLO: 1 requests/s; lowest that did not: 2." in text
     assert "slo&lt;x&gt;.yaml" in text
     for name in DEFINITIONS:
         assert f"<td>{name}</td>" in text
+
+
+def test_search_is_judged_by_what_it_found_not_by_the_rates_beyond() -> None:
+    report = made(searched())
+    assert report["met"]
+    assert report["verdicts"] == []
+    said = "Highest rate that met the SLO: 1 requests/s; lowest that did not: 2."
+    assert said in verdict(report)
+    text = page(report)
+    assert text.count(said) == 2  # first of all, and above the rates
+    assert "30 of 30" in text
+    nothing = {**searched(), "meets": None}
+    assert made(nothing)["met"] is False
 
 
 @pytest.mark.parametrize(("void", "met", "said"), [(["why"], True, "Void"), ([], None, "No SLO"), ([], True, "is met")])
