@@ -311,7 +311,7 @@ async def heartbeat(client: "AsyncLLM", prompt: Sequence[int]) -> int:
     """One token, through the scheduler, the worker and back; how many tokens the engine computed for it.
 
     The prompt is filled up so that all of it but its last token ends with a KV block: from the second time on the
-    engine finds the rest cached. On two cores that is a third of the work of a question that ends anywhere.
+    engine finds the rest cached, and a question that ends anywhere would cost it up to a block of tokens each time.
     """
     from vllm.sampling_params import SamplingParams
 

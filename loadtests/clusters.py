@@ -29,7 +29,7 @@ READY_S = 600.0
 ALIKE = {
     "RAY_worker_niceness": "0",  # Ray's own, 15, starves replicas where clients share the machine
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray's own 0.1 s and 100 ms cost a twelfth of a core without a single request
+    # with Ray's own 0.1 s and 100 ms its processes take half as much again: docs/results/ray.md
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
 }
