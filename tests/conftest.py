@@ -13,9 +13,11 @@ import pytest
 from borg_serve import demo
 from borg_serve.engine import prepare_environment
 from loadtests import servers
+from tests import workers
+from tests.engine.collector import Collector, receiving
+from tests.engine.process import Server, living, running
 from tests.stillness import Stillness
 from tests.waiting import wait_until
-from tests.workers import WORKERS
 
 prepare_environment()
 # Machines are shared and noisy: how long one example takes says nothing.
@@ -23,7 +25,8 @@ hypothesis.settings.register_profile("borg", deadline=None)
 hypothesis.settings.load_profile("borg")
 
 STILLNESS = Stillness()
-TIERS = ("engine", "cluster", "browser", "gpu")
+TIERS = ("load", "engine", "browser", "cluster", "gpu")
+ORDER = ("pure", "load", "engine", "browser", "ending", "cluster", "gpu")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -56,12 +59,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put pure tests first; of the engine's those with one of their own, then the shared server's, then its end."""
+    """Put pure tests first; then the engine's with one of their own, those that share the server, and its end."""
 
-    def rank(item: pytest.Item) -> tuple[int, bool, bool]:
-        tier = next((index for index, name in enumerate(TIERS, 1) if item.get_closest_marker(name)), 0)
+    def rank(item: pytest.Item) -> tuple[int, bool]:
         fixtures = getattr(item, "fixturenames", ())
-        return tier, "server" in fixtures, "ending" in fixtures
+        tier = next((name for name in TIERS if item.get_closest_marker(name)), "pure")
+        return ORDER.index("ending" if "ending" in fixtures else tier), "server" in fixtures
 
     items.sort(key=rank)
 
@@ -77,8 +80,34 @@ def divisible(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(request: pytest.FixtureRequest) -> Path:
     """The demo checkpoint, made the first time, in a form that the workers can share."""
-    found: Path = demo.materialise() if WORKERS == 1 else request.getfixturevalue("divisible")
+    found: Path = demo.materialise() if workers.WORKERS == 1 else request.getfixturevalue("divisible")
     return found
+
+
+@pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    """What receives the shared server's traces."""
+    with receiving() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The one that engine and browser tests share; SIGTERM must end it with status 0, and leave no process behind."""
+    settings = (f"--set=model.path={checkpoint}", f"--set=engine.otlp_traces_endpoint={collector.url}")
+    with running(tmp_path_factory.mktemp("server"), *settings, more=collector.environment) as server:
+        family = server.family()
+        assert family, "the engine must be a process of its own"
+        workers.check(family)
+        yield server
+        assert server.stop() == 0, server.tail()
+        assert living(family) == []
+
+
+@pytest.fixture(scope="session")
+def ending(server: Server) -> Server:
+    """The shared server for the one test that ends it: of those that share it, that one runs last."""
+    return server
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from borg_serve import demo
 from tests import npm, scripted_api
-from tests.engine.process import ROOT, Server, command, environment, free_port, running
+from tests.engine.process import ROOT, Server, command, environment, free_port
 from tests.scripted_api import Api
 
 AXE = "axe-core@4.11.0"
@@ -133,13 +132,6 @@ def scripted_page(api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def scripted(scripted_page: ChatPage) -> str:
     """Address of the page before the scripted API."""
     return scripted_page.url
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The real server with the demo model."""
-    with running(tmp_path_factory.mktemp("server"), f"--set=model.path={demo.materialise()}") as server:
-        yield server
 
 
 @pytest.fixture(scope="session")

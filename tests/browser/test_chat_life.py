@@ -46,7 +46,8 @@ def test_page_that_is_left_frees_the_server(
         while gone() == before:  # an answer may be over before it can be stopped: then the next one is
             shown = len(answers(tab))
             send(tab, "Write down all numbers from one to one thousand in words, each on a line of its own.")
-            wait_until("text comes", lambda: len(answers(tab)) > shown and answers(tab)[-1])
+            expect(tab.locator("#chat [data-testid=bot]")).to_have_count(shown + 1)
+            expect(tab.locator("#chat [data-testid=bot]").last).to_have_text(re.compile(r"\S"))
             if not servers.metric(server.base_url, "vllm:kv_cache_usage_perc"):
                 continue
             if how == "stop":

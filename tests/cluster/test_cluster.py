@@ -156,38 +156,32 @@ def test_cluster_replaces_a_lost_engine_while_the_other_serves(cluster: Cluster)
     assert {replica.version["checkpoint"]["root"] for replica in after} == {before[0].version["checkpoint"]["root"]}
 
 
-def test_cluster_lets_no_other_checkpoint_join(cluster: Cluster) -> None:
+def test_cluster_upgrades_without_a_failed_request_and_only_to_its_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+    """A new version with another checkpoint is held off; the next one, with another identity, takes its place."""
     before = cluster.replicas()
-    cluster.deploy(**{"cluster.expect_root": "0" * 64})
-    statuses: list[int] = []
-
-    def refused() -> bool:
-        statuses.append(ask(cluster, f"Hi, number {len(statuses)}", max_tokens=1).status_code)
-        root = before[0].version["checkpoint"]["root"]
-        return f"the checkpoint's root must be {'0' * 64}, got {root}" in cluster.status()
-
-    wait_until("the replica says why it does not start", refused, 240)
-    assert set(statuses) == {200}
-    assert {replica.name for replica in cluster.replicas()} <= {replica.name for replica in before}
-    cluster.deploy()
-    wait_until("two replicas again", lambda: len(cluster.replicas()) == 2, 240)
-
-
-def test_cluster_changes_the_identity_without_a_failed_request(cluster: Cluster, tmp_path: Path) -> None:
-    old = {replica.version["identity"]["sha256"] for replica in cluster.replicas()}
     text = (ROOT / "configs/identity/borg-merge-v1.md").read_text()
     prompt = tmp_path / "identity.md"
     prompt.write_text(text.rstrip() + "\n\nYou are in your second edition.\n")
-    cluster.deploy(**{"identity.prompt": str(prompt)})
+    statuses: list[int] = []
+
+    def go_on() -> None:
+        statuses.append(ask(cluster, f"Hello, number {len(statuses)}", max_tokens=1).status_code)
+
+    def refused() -> bool:
+        go_on()
+        root = before[0].version["checkpoint"]["root"]
+        return f"the checkpoint's root must be {'0' * 64}, got {root}" in cluster.status()
 
     def changed() -> bool:
+        go_on()
         replicas = cluster.replicas()
+        old = {replica.version["identity"]["sha256"] for replica in before}
         return len(replicas) == 2 and old.isdisjoint(replica.version["identity"]["sha256"] for replica in replicas)
 
-    statuses: list[int] = []
-    end = time.monotonic() + 420
-    while not changed():
-        assert time.monotonic() < end, cluster.tail()
-        statuses.append(ask(cluster, f"Hello, number {len(statuses)}", max_tokens=1).status_code)
+    cluster.deploy(**{"cluster.expect_root": "0" * 64})
+    wait_until("the replica says why it does not start", refused, 240)
+    assert {replica.name for replica in cluster.replicas()} <= {replica.name for replica in before}
+    cluster.deploy(**{"identity.prompt": str(prompt)})
+    wait_until("the new identity everywhere", changed, 420)
     assert len(statuses) > 10
     assert set(statuses) == {200}

@@ -26,6 +26,7 @@ PATIENT = (
     "--set=server.hang_s=60",
     "--set=limits.deadline_s=180",
     "--set=limits.stall_s=60",
+    "--set=server.drain_s=120",
 )
 SHARED = tuple(f"--set={key}={value}" for key, value in workers.SETTINGS.items())
 READY_S = 600.0

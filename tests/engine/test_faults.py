@@ -1,4 +1,4 @@
-"""Faults on a real server: an engine killed or stopped, clients that leave or do not read, a full disk, SIGTERM.
+"""Faults on a real server: an engine killed or stopped, clients that leave or do not read, a full disk.
 
 Four servers, one after the other; the last test of each ends it.
 """
@@ -416,34 +416,3 @@ def test_fault_killed_server_leaves_no_engine_behind(checkpoint: Path, tmp_path:
         os.kill(server.pid, signal.SIGKILL)
         assert server.ended() == -signal.SIGKILL
         wait_until("its engine has ended", lambda: left(family) == [], 30)
-
-
-# --------------------------------------------------------------------------------------------- one server: SIGTERM
-
-
-def test_fault_sigterm_lets_streams_finish_and_takes_no_more(checkpoint: Path, tmp_path: Path) -> None:
-    with running(tmp_path, f"--set=model.path={checkpoint}", "--set=server.drain_s=170") as server:
-        clients, family = Clients(server), server.family()
-        streams = [clients.ask(LONG, stream=True, max_tokens=200) for _ in range(2)]
-        whole, whole_end = clients.ask(LONG, max_tokens=200)
-        # Counted before any can have ended: on a fast machine the first is done soon after the last has begun.
-        wait_until("all are in flight", lambda: clients.metric("borg_inflight") == 3, 20)
-        for answer, _ in streams:
-            assert answer.begun.wait(60)
-        os.kill(server.pid, signal.SIGTERM)
-        wait_until("/ready tells", lambda: clients.ready() == 503, 20)
-        late, late_end = clients.ask(SHORT)
-        late_end.result(60)
-        assert late.status == 503, late.text
-        assert int(late.headers["retry-after"]) >= 1
-        assert late.error()["code"] == "not_ready"
-        assert httpx.get(f"{server.base_url}/health").status_code == 200
-        for answer, end in streams:
-            end.result(180)
-            *_, last, done = answer.events()
-            assert done == "[DONE]"
-            assert json.loads(last)["choices"][0]["finish_reason"] == "length"
-        whole_end.result(180)
-        assert json.loads(whole.text)["usage"]["completion_tokens"] == 200
-        assert server.ended() == 0, server.tail()
-        assert left(family) == []

@@ -36,7 +36,6 @@ def pair(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         f"--set=server.keys={folder / 'keys.yaml'}",
         f"--set=limits.deadline_s={DEADLINE_S}",
         "--set=limits.body_s=1",
-        "--set=server.drain_s=120",  # a slow machine may take that long for the streams that are open then
         f"--set=limits.concurrent={PLACES}",
         "--set=limits.queued=0",
     ) as server:

@@ -31,6 +31,8 @@ BEYOND = re.compile(
 )
 """Refusals of what the schema allows and the document's description forbids."""
 
+FINE: set[tuple[str, str]] = set()
+"""Sound requests, answered as described: the engine takes its time for each, and many differ in nulls only."""
 
 DOCUMENT = openapi.openapi(Bounds(vocab_size=49_152))
 load_all_checks()
@@ -63,13 +65,26 @@ def misjudged(case: schemathesis.Case[Any], response: schemathesis.Response) -> 
         yield "negative_data_rejection"  # as a JSON number it is the smallest that is allowed
 
 
+def sound_request(case: schemathesis.Case[Any]) -> tuple[str, str] | None:
+    """Return path and body of a request that should be served, less its nulls: each is a field left out."""
+    if not isinstance(case.body, dict) or case.meta is None or case.meta.generation.mode.is_negative:
+        return None
+    said = {name: value for name, value in case.body.items() if value is not None}
+    return case.operation.path, json.dumps(said, sort_keys=True)
+
+
 @schema.parametrize()
 @settings(deadline=None, suppress_health_check=list(HealthCheck))
 def test_schemathesis_finds_the_server_as_it_is_described(server: Server, case: schemathesis.Case[Any]) -> None:
     cheap(case.operation.path, case.body)
+    request = sound_request(case)
+    if request in FINE:
+        return
     response = case.call(base_url=server.base_url, timeout=120)
     excluded: list[Any] = [CHECKS.get_one(name) for name in misjudged(case, response)]
     case.validate_response(response, excluded_checks=excluded)
+    if request:
+        FINE.add(request)
 
 
 def test_schemathesis_reads_the_document_that_is_served(http: httpx.Client) -> None:
