@@ -64,7 +64,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> tuple[int, bool]:
         fixtures = getattr(item, "fixturenames", ())
         tier = next((name for name in TIERS if item.get_closest_marker(name)), "pure")
-        return ORDER.index("ending" if "ending" in fixtures else tier), "server" in fixtures
+        shares = "server" in fixtures
+        return ORDER.index("ending" if shares and "ending" in fixtures else tier), shares
 
     items.sort(key=rank)
 
