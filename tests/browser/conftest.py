@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from tests import npm, scripted_api
 from tests.engine.process import ROOT, Server, command, environment, free_port
@@ -51,8 +51,13 @@ def send(tab: Page, text: str) -> None:
     tab.press("#message textarea", "Enter")
 
 
+def bubbles(tab: Page) -> Locator:
+    """Return the answers on the page, the one that is coming included."""
+    return tab.locator("#chat [data-testid=bot]")
+
+
 def answers(tab: Page) -> list[str]:
-    return tab.locator("#chat [data-testid=bot]").all_inner_texts()
+    return bubbles(tab).all_inner_texts()
 
 
 @dataclass

@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from borg_serve.ui import storage_secret
 from loadtests import servers
-from tests.browser.conftest import FIGURES, ChatPage, answers, open_page, send, user
+from tests.browser.conftest import FIGURES, ChatPage, answers, bubbles, open_page, send, user
 from tests.engine.process import ROOT, Server, environment, free_port, living
 from tests.scripted_api import Api
 from tests.waiting import wait_until
@@ -46,8 +46,8 @@ def test_page_that_is_left_frees_the_server(
         while gone() == before:  # an answer may be over before it can be stopped: then the next one is
             shown = len(answers(tab))
             send(tab, "Write down all numbers from one to one thousand in words, each on a line of its own.")
-            expect(tab.locator("#chat [data-testid=bot]")).to_have_count(shown + 1)
-            expect(tab.locator("#chat [data-testid=bot]").last).to_have_text(re.compile(r"\S"))
+            expect(bubbles(tab)).to_have_count(shown + 1)
+            expect(bubbles(tab).last).to_have_text(re.compile(r"\S"))
             if not servers.metric(server.base_url, "vllm:kv_cache_usage_perc"):
                 continue
             if how == "stop":
@@ -78,7 +78,7 @@ def test_page_conversation_survives_a_reload_and_a_new_page(tab: Page, scripted_
     scripted_page.start()
     tab.reload()
     tab.get_by_role("gridcell", name="remember this").click()
-    expect(tab.locator("#chat [data-testid=bot]").first).to_contain_text("You said: remember this.")
+    expect(bubbles(tab).first).to_contain_text("You said: remember this.")
     send(tab, "and this")
     expect(tab.get_by_text("You said: and this.")).to_be_visible()
 

@@ -6,7 +6,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.conftest import FIGURES, KEY, PATIENT_MS, answers, open_page, send, user
+from tests.browser.conftest import FIGURES, KEY, PATIENT_MS, answers, bubbles, open_page, send, user
 from tests.scripted_api import Api
 from tests.waiting import wait_until
 
@@ -18,10 +18,10 @@ def test_page_stop_keeps_the_text_and_leaves_the_stream(tab: Page, scripted: str
     gone = api.gone
     open_page(tab, scripted)
     send(tab, "endless story")
-    expect(tab.locator("#chat [data-testid=bot]")).to_contain_text("word3")
+    expect(bubbles(tab)).to_contain_text("word3")
     tab.locator("#message .stop-button").click()
     wait_until("the stream is left", lambda: api.gone > gone)
-    expect(tab.locator("#chat [data-testid=bot]")).to_contain_text("word3")
+    expect(bubbles(tab)).to_contain_text("word3")
     assert "word4999" not in answers(tab)[0]
 
 
@@ -79,11 +79,11 @@ def test_page_retry_undo_and_clear(tab: Page, scripted: str, api: Api) -> None:
     expect(tab.get_by_text(FIGURES)).to_have_count(1)
     tab.get_by_role("button", name="Undo").click()
     expect(tab.locator("#message textarea")).to_have_value("once")
-    expect(tab.locator("#chat [data-testid=bot]")).to_have_count(0)
+    expect(bubbles(tab)).to_have_count(0)
     send(tab, "twice")
     expect(tab.get_by_text(FIGURES)).to_have_count(1)
     tab.get_by_role("button", name="Clear").click()
-    expect(tab.locator("#chat [data-testid=bot]")).to_have_count(0)
+    expect(bubbles(tab)).to_have_count(0)
 
 
 def test_page_enter_sends_and_shift_enter_breaks_the_line(tab: Page, scripted: str, api: Api) -> None:
