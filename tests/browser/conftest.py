@@ -5,7 +5,7 @@ scripted one that says what the real one says rarely.
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,8 @@ PATIENT_MS = 60_000
 FIGURES = re.compile(r"\d+ tokens? · first after")
 """The line under an answer that has ended."""
 expect.set_options(timeout=PATIENT_MS)
+GREEDY = {"temperature": "0"}
+"""For questions that the demo then answers in a few words: a sampled answer may be hundreds, and minutes, long."""
 KEY = "borg-key-that-no-browser-may-see"
 
 
@@ -49,6 +51,14 @@ def send(tab: Page, text: str) -> None:
     expect(tab.locator("#message textarea")).to_be_editable()
     tab.fill("#message textarea", text)
     tab.press("#message textarea", "Enter")
+
+
+def adjust(tab: Page, numbers: Mapping[str, str]) -> None:
+    """Open the settings and put these numbers in, by the field's id."""
+    tab.get_by_text("Settings", exact=True).click()
+    for name, value in numbers.items():
+        tab.locator(f"#{name} input[type=number]").fill(value)
+        tab.locator(f"#{name} input[type=number]").blur()
 
 
 def bubbles(tab: Page) -> Locator:

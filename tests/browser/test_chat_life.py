@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from borg_serve.ui import storage_secret
 from loadtests import servers
-from tests.browser.conftest import FIGURES, ChatPage, answers, bubbles, open_page, send, user
+from tests.browser.conftest import FIGURES, GREEDY, ChatPage, adjust, answers, bubbles, open_page, send, user
 from tests.engine.process import ROOT, Server, environment, free_port, living
 from tests.scripted_api import Api
 from tests.waiting import wait_until
@@ -24,6 +24,7 @@ from tests.waiting import wait_until
 
 def test_page_holds_a_conversation_of_three_turns(tab: Page, real: str) -> None:
     open_page(tab, real)
+    adjust(tab, GREEDY)
     for number, text in enumerate(("What is the capital of France?", "And of Italy?", "Thank you."), 1):
         send(tab, text)
         expect(tab.get_by_text(FIGURES)).to_have_count(number)
@@ -40,6 +41,10 @@ def test_page_that_is_left_frees_the_server(
     def gone() -> float:
         return servers.metric(server.base_url, "borg_requests_total", outcome="gone")
 
+    def free() -> bool:
+        return not any(servers.metric(server.base_url, name) for name in idle)
+
+    wait_until("nobody else is served", free)
     before = gone()
     with user(browser) as tab:
         open_page(tab, real)
@@ -54,7 +59,7 @@ def test_page_that_is_left_frees_the_server(
                 tab.locator("#message .stop-button").click()
             else:
                 tab.close()
-            freed_s = wait_until("all is free", lambda: not any(servers.metric(server.base_url, name) for name in idle))
+            freed_s = wait_until("all is free", free)
             if how == "close":
                 break
         record_property("freed_s", freed_s)
@@ -62,6 +67,7 @@ def test_page_that_is_left_frees_the_server(
         assert gone() == before + 1
         if how == "stop":
             assert answers(tab)[-1], "what had come is kept"
+            adjust(tab, GREEDY)
             send(tab, "What is the capital of France?")
             expect(tab.get_by_text(FIGURES).last).to_be_visible()
 

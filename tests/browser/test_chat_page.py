@@ -6,7 +6,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.conftest import FIGURES, KEY, PATIENT_MS, answers, bubbles, open_page, send, user
+from tests.browser.conftest import FIGURES, KEY, PATIENT_MS, adjust, answers, bubbles, open_page, send, user
 from tests.scripted_api import Api
 from tests.waiting import wait_until
 
@@ -32,10 +32,7 @@ def test_page_settings_reach_the_request(tab: Page, scripted: str, api: Api) -> 
     body = api.requests[-1]
     assert (body["max_tokens"], body["temperature"], body["top_p"]) == (4096, 0.7, 0.9)
     assert [message["role"] for message in body["messages"]] == ["user"]
-    tab.get_by_text("Settings", exact=True).click()
-    for name, value in (("maximum-new-tokens", "128"), ("temperature", "0.25"), ("top-p", "0.5")):
-        tab.locator(f"#{name} input[type=number]").fill(value)
-        tab.locator(f"#{name} input[type=number]").blur()
+    adjust(tab, {"maximum-new-tokens": "128", "temperature": "0.25", "top-p": "0.5"})
     # Key by key: what is put in at once while the panel still opens, Gradio may set back to its first value.
     tab.locator("#instructions textarea").press_sequentially("Speak like a sailor.")
     send(tab, "with settings")
