@@ -1,16 +1,44 @@
-"""The identity's block hashes, computed once: vLLM chains a SHA-256 over every KV block of every prompt.
+"""What vLLM asks about the identity's blocks in every request, answered once: their hashes, and which blocks hold them.
 
-At 16 tokens a block that is some 130 hashes, most of a millisecond, for the same tokens in every request. This knows
-vLLM's requests and hasher by shape only; it learns from the first requests how far they are alike.
+vLLM chains a SHA-256 over every KV block of every prompt, and then looks each hash up. At 16 tokens a block that is
+some 130 of both, most of a millisecond, for the same tokens in every request. This knows vLLM's requests, hasher and
+lookup by shape only; it learns from the first requests how far they are alike.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["remembering"]
+__all__ = ["Finder", "Hasher", "finding", "remembering"]
 
 Hasher = Callable[[Any], list[bytes]]
 """A vLLM request -> hashes of its full blocks that have none yet."""
+Finder = Callable[[list[bytes], int], tuple[tuple[list[Any]], int, int]]
+"""Hashes of a prompt's blocks, most tokens -> ([the cached blocks it begins with], their tokens, 0)."""
+
+
+class _Beginning:
+    """The longest beginning of all the lists it has been told of, in steps of `step`, and a value for each step."""
+
+    def __init__(self, step: int = 1) -> None:
+        self._step = step
+        self._kept: tuple[list[Any], list[Any]] = [], []  # replaced as a whole: two threads of vLLM's ask
+
+    def values(self, items: list[Any]) -> list[Any]:
+        """The values of what `items` begin with; none if they do not begin with all of it."""
+        known, values = self._kept
+        return values if values and items[: len(known)] == known else []
+
+    def learn(self, items: list[Any], values: list[Any]) -> None:
+        """Keep what `items` and all before have in common, as far as there are values."""
+        known, _ = self._kept
+        parts = (index for index, (one, other) in enumerate(zip(known, items, strict=False)) if one != other)
+        alike = next(parts, min(len(known), len(items)) if known else len(items))
+        steps = min(alike // self._step, len(values))
+        if steps:  # else a list that is like no other: forget nothing for it
+            self._kept = items[: steps * self._step], values[:steps]
+
+    def forget(self) -> None:
+        self._kept = [], []
 
 
 def remembering(hasher: Hasher, block_size: int) -> Hasher:
@@ -19,26 +47,16 @@ def remembering(hasher: Hasher, block_size: int) -> Hasher:
     `block_size`: tokens a hash. Requests whose hashes depend on more than their tokens (images, adapters, salts,
     embeddings) go to `hasher` as they are.
     """
-    known: tuple[list[int], list[bytes]] = [], []  # replaced as a whole: two threads of vLLM's ask
-
-    def learn(ids: list[int], found: list[bytes]) -> None:
-        nonlocal known
-        tokens, _ = known
-        parts = (index for index, (one, other) in enumerate(zip(tokens, ids, strict=False)) if one != other)
-        alike = next(parts, min(len(tokens), len(ids)) if tokens else len(ids))
-        blocks = min(alike // block_size, len(found))
-        if blocks:  # else a request that is like no other: forget nothing for it
-            known = ids[: blocks * block_size], found[:blocks]
+    prefix = _Beginning(block_size)
 
     def hash_blocks(request: Any) -> list[bytes]:
         before = request.block_hashes
         if before or not _plain(request):
             return hasher(request)
-        tokens, hashes = known
-        ids = request.prompt_token_ids
-        if not hashes or ids[: len(tokens)] != tokens:
+        hashes = prefix.values(request.prompt_token_ids)
+        if not hashes:
             found = hasher(request)
-            learn(ids, found)
+            prefix.learn(request.prompt_token_ids, found)
             return found
         request.block_hashes = list(hashes)  # vLLM's hasher goes on behind them
         try:
@@ -47,6 +65,29 @@ def remembering(hasher: Hasher, block_size: int) -> Hasher:
             request.block_hashes = before  # the very list: its owner is about to extend it
 
     return hash_blocks
+
+
+def finding(find: Finder, block_size: int) -> Finder:
+    """Return a lookup in the same KV cache with the same results, which does not look for the shared beginning again.
+
+    Its blocks are asked whether they still hold what they held: one that was given to another request has another hash.
+    """
+    prefix = _Beginning()
+
+    def find_blocks(hashes: list[bytes], limit: int) -> tuple[tuple[list[Any]], int, int]:
+        kept = prefix.values(hashes)
+        if any(block.block_hash is not key for block, key in kept):
+            prefix.forget()
+            kept = []
+        tokens = len(kept) * block_size
+        if not kept or tokens > limit:
+            found = find(hashes, limit)
+            prefix.learn(hashes, [(block, block.block_hash) for block in found[0][0]])
+            return found
+        ((rest,), more, _) = find(hashes[len(kept) :], limit - tokens)
+        return ([*(block for block, _ in kept), *rest],), tokens + more, 0
+
+    return find_blocks
 
 
 def _plain(request: Any) -> bool:

@@ -1,9 +1,9 @@
 """What vLLM loads into each of its own processes (a general plugin): an engine that knows its prompts begin alike.
 
-It makes the shared-prefix attention known by name, keeps the prefix's block hashes, leaves the processor to those who
-compute, and ends an engine with the server it belongs to: vLLM's does not notice that its parent was killed, and would
-keep its memory, on a GPU all of it. It does not know which prefix, and imports no metrics: those of an engine's process
-would count among the servers'.
+It makes the shared-prefix attention known by name, keeps the prefix's block hashes and blocks, leaves the processor to
+those who compute, and ends an engine with the server it belongs to: vLLM's does not notice that its parent was killed,
+and would keep its memory, on a GPU all of it. It does not know which prefix, and imports no metrics: those of an
+engine's process would count among the servers'.
 """
 
 import multiprocessing
@@ -18,7 +18,7 @@ from typing import Any
 from borg_serve import hashes
 from borg_serve.errors import EngineError
 
-__all__ = ["register", "remember_hashes", "sleep_while_waiting"]
+__all__ = ["register", "remember_blocks", "remember_hashes", "sleep_while_waiting"]
 
 LOOK_S = 1.0
 CORE = "vllm.v1.engine.core"
@@ -39,6 +39,7 @@ def register() -> None:
         return
     if CORE in sys.modules:
         remember_hashes(sys.modules[CORE])
+        remember_blocks()
     threading.Thread(target=_end_with, args=(parent.pid,), name="end-with-parent", daemon=True).start()
 
 
@@ -52,6 +53,28 @@ def remember_hashes(core: Any) -> None:
         return hashes.remembering(make(block_size, *args), block_size)
 
     core.get_request_block_hasher = remembering
+
+
+def remember_blocks() -> None:
+    """Make KV caches whose blocks follow from their hashes alone remember the prefix. Raises EngineError if vLLM moved.
+
+    Windows, a draft model's dropped last block and context parallelism make a hit depend on what comes behind it.
+    """
+    from vllm.v1.core import kv_cache_coordinator, single_type_kv_cache_manager
+
+    coordinator: Any = getattr(kv_cache_coordinator, "UnitaryKVCacheCoordinator", None)
+    manager: Any = getattr(single_type_kv_cache_manager, "FullAttentionManager", None)
+    if manager is None or not callable(getattr(coordinator, "find_longest_cache_hit", None)):
+        raise EngineError("plugin: vLLM moved UnitaryKVCacheCoordinator's lookup, got none. Use the pinned vLLM.")
+    make = coordinator.__init__
+
+    def remembering(cache: Any, *args: Any, **kwargs: Any) -> None:
+        make(cache, *args, **kwargs)
+        parts = cache.dcp_world_size * cache.pcp_world_size
+        if type(cache.single_type_managers[0]) is manager and not cache.eagle_group_ids and parts == 1:
+            cache.find_longest_cache_hit = hashes.finding(cache.find_longest_cache_hit, cache.block_size)
+
+    coordinator.__init__ = remembering
 
 
 def sleep_while_waiting() -> None:

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Tensor parallelism and replicas on one host with several GPUs, over HTTP: a line of figures for each run in
-# $OUT/multi-gpu.txt, the servers' logs beside it. About 5 minutes for each of the servers that --dry-run lists.
+# $OUT/multi-gpu.txt, the servers' logs beside it. About 3 minutes for each of the servers that --dry-run lists.
 #
-#   MODEL=DIRECTORY OUT=DIRECTORY [GPUS=8] loadtests/multi_gpu.sh [--dry-run]
+#   MODEL=DIRECTORY OUT=DIRECTORY [GPUS=8] loadtests/multi_gpu.sh [--dry-run] [NAME ...]
+#
+# With names, only those of the servers: GPUs are seldom free for an hour.
 #
 # MODEL may hold no weights: speed hardly depends on them, so they are random (load_format: dummy).
 set -euo pipefail
@@ -11,7 +13,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 PORT=${PORT:-8000}
 REPEATS=${REPEATS:-3}
-DRY=${1:-}
+DRY=
+if [ "${1:-}" = --dry-run ]; then DRY=$1; shift; fi
+ONLY=" $* "
 # Multicast over NVLink is left off: not every host that shares its GPUs allows it.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
 export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1 RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY=1
@@ -23,9 +27,10 @@ SETTINGS=(model.path="$MODEL" model.load_format=dummy model.dtype=bfloat16)
 measure() {
   local name=$1 users=$2 line repeat
   shift 2
+  [[ "$ONLY" = "  " || "$ONLY" = *" $name "* ]] || return 0
   echo "+ $name: $*"
   echo "+ $name: python3 -m loadtests.throughput http://127.0.0.1:$PORT --users $users --processes 8"
-  [ "$DRY" = --dry-run ] && return
+  [ -n "$DRY" ] && return
   mark=$name-$$ # by it the server's processes are found again
   BORG_LOADTEST_CLUSTER=$mark "$@" > "$OUT/$name.log" 2>&1 &
   server=$!

@@ -4,12 +4,16 @@ import random
 from typing import Any, cast
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core import kv_cache_coordinator
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.engine import core
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 
 from borg_serve import plugin
@@ -88,3 +92,97 @@ def test_hashes_are_remembered_where_the_engine_makes_its_hasher(monkeypatch: py
     assert hasher.__module__ == "borg_serve.hashes"
     with pytest.raises(EngineError, match="moved get_request_block_hasher"):
         plugin.remember_hashes(object())
+
+
+@pytest.fixture
+def coordinator(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's coordinator as the plugin leaves it, for one test."""
+    found: Any = kv_cache_coordinator.UnitaryKVCacheCoordinator
+    monkeypatch.setattr(found, "__init__", found.__init__)
+    plugin.remember_blocks()
+    return found
+
+
+def manager(blocks: int, spec: type[Any] = FullAttentionSpec, **more: Any) -> KVCacheManager:
+    sizes = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.bfloat16}
+    groups = [KVCacheGroupSpec(["layer"], spec(**sizes, **more))]
+    config = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+    return KVCacheManager(config, max_model_len=8192, scheduler_block_size=BLOCK, hash_block_size=BLOCK)
+
+
+def looked_up(cache: KVCacheManager, asked: Request) -> tuple[list[int], int]:
+    """(the cached blocks a request begins with, their tokens); if there is room, the request takes what it needs."""
+    blocks, tokens, _ = cache.get_computed_blocks(asked)
+    found = blocks.get_block_ids()[0]
+    if cache.allocate_slots(asked, asked.num_tokens - tokens, tokens, blocks) is not None:
+        asked.num_computed_tokens = asked.num_tokens
+    return found, tokens
+
+
+PROMPTS = st.tuples(st.sampled_from(["identity", "other", "part"]), st.integers(0, 3), st.integers(0, 70))
+ENDED = st.integers(0, 4)
+"""How many of the oldest requests end before the next one comes: their blocks may be given to others."""
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(PROMPTS, ENDED, st.sampled_from([False] * 9 + [True])), max_size=20))
+def test_blocks_found_are_vllms_own_whatever_came_before(turns: list[tuple[tuple[str, int, int], int, bool]]) -> None:
+    """In a cache with room for two and a half identities, on twins that only differ in the lookup."""
+    hasher = stock()
+    plain = manager(100)
+    with pytest.MonkeyPatch.context() as patch:
+        found: Any = kv_cache_coordinator.UnitaryKVCacheCoordinator
+        patch.setattr(found, "__init__", found.__init__)
+        plugin.remember_blocks()
+        ours = manager(100)
+    assert "find_longest_cache_hit" in vars(ours.coordinator)
+    running: list[tuple[Request, Request]] = []
+    for turn, ((kind, speaker, more), ended, reset) in enumerate(turns):
+        for one, other in running[:ended]:
+            plain.free(one)
+            ours.free(other)
+        del running[:ended]
+        if reset:
+            assert plain.reset_prefix_cache() == ours.reset_prefix_cache()
+        start = {"identity": IDENTITY, "other": [turn], "part": IDENTITY[: 3 * BLOCK + 7]}[kind]
+        ids = [*start, *([speaker] * more)]
+        pair = request(ids, hasher), request(ids, hasher)
+        for item in pair:
+            item.request_id = str(turn)
+        assert looked_up(plain, pair[0]) == looked_up(ours, pair[1])
+        if pair[0].num_computed_tokens:
+            running.append(pair)
+
+
+def test_blocks_of_the_identity_are_looked_up_once(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = manager(500)
+    pool = cache.block_pool
+    asked: list[bytes] = []
+    find = pool.get_cached_block
+
+    def look(key: Any, groups: list[int]) -> Any:
+        asked.append(key)
+        return find(key, groups)
+
+    monkeypatch.setattr(pool, "get_cached_block", look)
+    hasher = stock()
+    counts = []
+    for turn, tail in enumerate(([1] * 40, [2] * 40, [3] * 40, [1] * 40)):
+        asked.clear()
+        one = request(IDENTITY + tail, hasher)
+        one.request_id = str(turn)
+        found, tokens = looked_up(cache, one)
+        counts.append(len(asked))
+        assert len(found) * BLOCK == tokens
+    assert counts == [1, 41, 1, 2]  # nothing is there; the identity and a miss; a miss; what the first one said
+
+
+def test_blocks_are_looked_up_by_vllm_where_more_than_hashes_decides(coordinator: Any) -> None:
+    cache = manager(100, SlidingWindowSpec, sliding_window=64)
+    assert "find_longest_cache_hit" not in vars(cache.coordinator)
+
+
+def test_blocks_cannot_be_remembered_where_vllm_moved_its_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(kv_cache_coordinator, "UnitaryKVCacheCoordinator")
+    with pytest.raises(EngineError, match="moved UnitaryKVCacheCoordinator"):
+        plugin.remember_blocks()
