@@ -30,8 +30,10 @@ from borg_serve.errors import EngineError
 
 __all__ = ["SharedPrefixBackend", "SharedPrefixBuilder", "SharedPrefixImpl", "prefix_tokens"]
 
-MIN_ROWS = 32
-"""With fewer rows in a step, one pass is as fast as two: measured on an H100, docs/results/h100.md."""
+MIN_READS = 160
+"""With fewer rows in a step, times KV heads of this GPU, one pass is as fast as two: 4 heads (the merged 7B on one GPU)
+gain 1.08 times in a layer at 32 rows, and 2 heads (on two GPUs) lose at 64 when served: docs/results/h100.md and
+docs/results/multi-gpu.md."""
 FA_VERSION = 3
 OWN_SPLITS = 1
 """Into how many parts the second pass may cut a row. What is a row's own is short, and there are many rows: one part
@@ -123,7 +125,8 @@ class SharedPrefixBuilder(FlashAttentionMetadataBuilder):
     ) -> FlashAttentionMetadata:
         """One step's metadata; its shape depends only on the padded numbers of rows and tokens, as graphs need it."""
         common = common_attn_metadata
-        if not self.prefix_blocks or common.num_reqs < MIN_ROWS or common.causal is not True:
+        reads = common.num_reqs * self.num_heads_kv
+        if not self.prefix_blocks or reads < MIN_READS or common.causal is not True:
             return super().build(0, common, fast_build)
         count, tokens = common.num_reqs, common.num_actual_tokens
         columns = min(cdiv(common.max_seq_len, self.block_size), self._block_table.shape[1])
@@ -137,12 +140,10 @@ class SharedPrefixBuilder(FlashAttentionMetadataBuilder):
             self._lens[:count],
             self._shared[:tokens],
         )
-        self.max_num_splits = OWN_SPLITS
-        own = super().build(
-            0,
-            replace(common, seq_lens=self._lens[:count], block_table_tensor=self._block_table[:count]),
-            fast_build,
-        )
+        its = replace(common, seq_lens=self._lens[:count], block_table_tensor=self._block_table[:count])
+        splits, self.max_num_splits = self.max_num_splits, OWN_SPLITS
+        own = super().build(0, its, fast_build)
+        self.max_num_splits = splits  # a step in one pass has long rows to cut
         span, schedule = self._span(tokens)
         prefix = Prefix(span, self._prefix_lens, tokens, self._prefix_table, self._shared[:tokens], schedule)
         return SharedPrefixMetadata(**vars(own), prefix=prefix)

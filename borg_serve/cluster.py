@@ -13,6 +13,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, cast
 
+import ray
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve.config import RequestRouterConfig
@@ -244,6 +245,8 @@ class BorgServer(LLMServer):
         self._prepared, self._shared = prepared, Shared.of(1)
         self._shared.pids[0] = os.getpid()
         engine.prepare_cpu(config.engine)
+        # For the engine's own process. vLLM names the cluster to it only where it had to choose spawning by itself.
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         tokens = len(prepared.prefix.token_ids)
         full = serve_config(config, str(prepared.directory), {}, prepared.chat_template, tokens)
         # The checkpoint is here, and verified; Ray would start a process of its own on every node to look for it.

@@ -26,13 +26,15 @@ class Gpu:
     """Memory bandwidth."""
     flop_s: float
     """Dense arithmetic in 16 bits."""
+    two_passes: bool
+    """Whether attention can read the identity once for all (docs/attention.md)."""
 
 
 GPUS: Mapping[str, Gpu] = {
-    "h100": Gpu("H100 80GB SXM", 80 * GIB, 3.35e12, 990e12),
-    "h200": Gpu("H200 141GB SXM", 140 * GIB, 4.80e12, 990e12),
-    "a100-80gb": Gpu("A100 80GB SXM", 80 * GIB, 2.04e12, 312e12),
-    "l40s": Gpu("L40S 48GB", 45 * GIB, 0.864e12, 362e12),
+    "h100": Gpu("H100 80GB SXM", 80 * GIB, 3.35e12, 990e12, True),
+    "h200": Gpu("H200 141GB SXM", 140 * GIB, 4.80e12, 990e12, True),
+    "a100-80gb": Gpu("A100 80GB SXM", 80 * GIB, 2.04e12, 312e12, False),
+    "l40s": Gpu("L40S 48GB", 45 * GIB, 0.864e12, 362e12, False),
 }
 
 # The merged 7B checkpoint, in 16 bits.
@@ -46,7 +48,7 @@ IDENTITY_TOKENS = 2132
 BLOCK_TOKENS = 16
 ATTENTION_HEADS = 28
 
-# Measured on one H100, vLLM 0.29.0.
+# Measured on one H100 and one and two H200, vLLM 0.29.0.
 BANDWIDTH_SHARE = 3.0 / 3.35
 """Of the maker's bandwidth, what reading weights reaches."""
 PREFILL_SHARE = 0.6
@@ -54,11 +56,19 @@ PREFILL_SHARE = 0.6
 SHARED_READ = 2.3
 """A prefix that all sequences share is read this many times faster than the maker's bandwidth: the chip's caches serve
 a part of it. 139.5 us a layer for 256 sequences and 2,048 tokens."""
-STEP_S = 1.5e-3
-"""Of every step, what is neither reading nor arithmetic. This and the next are chosen to give the 6,908 and 13,838
-tokens/s that were served at 64 and 256 users (docs/results/h100-served.md)."""
-SEQUENCE_S = 7.4e-6
+PASS_S = 0.3e-3
+"""Of every step, what a pass over the identity for all rows costs beside its arithmetic: with it 16 us a layer at 64
+rows, 22 at 256 (docs/results/h100.md)."""
+ATTENTION_FLOP = 4 * ATTENTION_HEADS * HEAD_DIM * LAYERS
+"""Of one token looking at another, all layers."""
+STEP_S = 1.55e-3
+"""Of every step, what is neither reading nor arithmetic. This and the next are chosen to give the tokens/s that were
+served at 64 and 256 users: 7,260 and 18,250 on an H100, 9,610 and 21,250 on an H200 (docs/results/h100.md)."""
+SEQUENCE_S = 2.6e-6
 """Of every step, the same for each sequence in it."""
+TP_SHARE = 0.68
+"""Of a GPU's own speed, what it reaches as one of several. Chosen to come near the 294, 12,580 and 24,390 tokens/s that
+two H200 served to 1, 64 and 256 users (docs/results/multi-gpu.md); more than two were not measured."""
 API_TOKENS_S = 9_000
 """Output tokens/s that one API process renders and streams (8,740 to 9,030 at 256 users)."""
 OVERHEAD_BYTES = 4 * GIB
@@ -110,6 +120,8 @@ class Plan:
     """One replica's engine alone."""
     tokens_s_unshared: float
     """All replicas together, if every request brought an identity of its own."""
+    tokens_s_apart: float | None
+    """All together, if each GPU were a replica of its own; None where it is, or would not hold its users."""
     speed: Speed
 
 
@@ -139,6 +151,10 @@ def plan(
     unshared = speed(device, batch, context_tokens, engine, tp, load, shared=False)
     carried = API_TOKENS_S * api_processes
     total = min(reached.tokens_s, carried) * users / batch
+    apart = None
+    if tp > 1 and _memory(device, engine, 1).users(context_tokens) >= (own := math.ceil(users / (replicas * tp))):
+        alone = speed(device, own, context_tokens, engine, 1, load)
+        apart = min(alone.tokens_s, API_TOKENS_S) * users / own
     return Plan(
         gpu=device.name,
         users=users,
@@ -155,6 +171,7 @@ def plan(
         tokens_s_a_user=total / users,
         engine_tokens_s=reached.tokens_s,
         tokens_s_unshared=min(unshared.tokens_s, carried) * users / batch,
+        tokens_s_apart=apart,
         speed=reached,
     )
 
@@ -174,17 +191,20 @@ def speed(
 
     A step reads the weights once, and the identity and each user's own tokens from the KV cache; a request's prefill is
     spread over the steps that write its answer. `shared`: the identity is cached once for all; else every request
-    computes and reads its own. What the GPUs of one replica say to each other is not counted: it has not been measured.
+    computes and reads its own.
     """
     load = workload or Workload()
-    bytes_s = gpu.bytes_s * BANDWIDTH_SHARE * tp
+    gpus = tp * (TP_SHARE if tp > 1 else 1)
+    bytes_s, flop_s = gpu.bytes_s * BANDWIDTH_SHARE * gpus, gpu.flop_s * PREFILL_SHARE * gpus
     kv_bytes = _kv_bytes_a_token(engine, 1)
     weights_s = READ_BYTES * _weights_share(engine) / bytes_s
-    identity_s = users * identity_tokens * kv_bytes / (gpu.bytes_s * tp * SHARED_READ if shared else bytes_s)
+    identity_s = users * identity_tokens * kv_bytes / (gpu.bytes_s * gpus * SHARED_READ if shared else bytes_s)
+    if shared and gpu.two_passes:
+        identity_s = min(identity_s, PASS_S + users * identity_tokens * ATTENTION_FLOP / flop_s)
     own_s = users * max(0.0, context_tokens - identity_tokens) * kv_bytes / bytes_s
     rest_s = STEP_S + users * SEQUENCE_S
     computed = load.new_tokens + (0 if shared else identity_tokens)
-    prefill_s = users * computed * PREFILL_FLOP / (gpu.flop_s * PREFILL_SHARE * tp) / load.output_tokens
+    prefill_s = users * computed * PREFILL_FLOP / flop_s / load.output_tokens
     step_s = weights_s + identity_s + own_s + rest_s + prefill_s
     milliseconds = [1000 * part for part in (weights_s, identity_s, own_s, rest_s, prefill_s)]
     return Speed(users / step_s, *milliseconds)
@@ -248,8 +268,8 @@ def document(found: Plan) -> dict[str, Any]:
     """The plan as JSON, with what a reader of numbers alone must know."""
     rounded = {name: round(value, 1) for name, value in asdict(found.speed).items()}
     numbers = asdict(found) | {"speed": rounded}
-    for name in ("tokens_s", "tokens_s_a_user", "engine_tokens_s", "tokens_s_unshared"):
-        numbers[name] = round(numbers[name], 1)
+    for name in ("tokens_s", "tokens_s_a_user", "engine_tokens_s", "tokens_s_unshared", "tokens_s_apart"):
+        numbers[name] = None if numbers[name] is None else round(numbers[name], 1)
     return {"estimate": True, "model": "the merged 7B checkpoint", **numbers, "notes": notes(found)}
 
 
@@ -257,8 +277,8 @@ def notes(found: Plan) -> list[str]:
     """What the numbers do not say."""
     load, carried = Workload(), API_TOKENS_S * found.api_processes
     said = [
-        "An estimate, not a measurement: one H100's figures scaled by memory bandwidth and arithmetic, for requests of "
-        f"{load.new_tokens} new tokens and {load.output_tokens} of answer. Measure before you buy."
+        "An estimate, not a measurement: figures of an H100 and an H200 scaled by bandwidth and arithmetic, for "
+        f"requests of {load.new_tokens} new tokens and {load.output_tokens} of answer. Measure before you buy."
     ]
     if found.engine_tokens_s > carried:
         said.append(
@@ -274,7 +294,13 @@ def notes(found: Plan) -> list[str]:
         )
         said.append("One more replica lets the service hold these users while one is replaced.")
     if found.tensor_parallel_size > 1:
-        said.append("What the GPUs of a replica say to each other is not counted; it has not been measured here.")
+        said.append("Tensor parallelism was measured on two GPUs of one host that NVLink joins, and on no more.")
+    if found.tokens_s_apart is not None:
+        said.append(
+            f"With a replica on each, these GPUs would make about {_two_digits(found.tokens_s_apart):,} tokens/s, "
+            f"{found.tokens_s_apart / found.users:.0f} for each user. Tensor parallelism is for few users who wait for "
+            "each token, or a context that one GPU does not hold; replicas are for many users."
+        )
     return said
 
 

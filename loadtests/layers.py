@@ -45,6 +45,9 @@ def main() -> None:
     parser.add_argument("--prefix", type=int, default=2048)
     parser.add_argument("--own", type=int, default=164, help="tokens of each row's own")
     parser.add_argument("--block", type=int, default=16)
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, help="GPUs that share the layer's heads; one is timed"
+    )
     parser.add_argument("--fp8", action="store_true", help="FP8 queries and KV cache")
     parser.add_argument("--splits", type=int, help="parts that the second pass may cut a row into")
     arguments = parser.parse_args()
@@ -53,9 +56,10 @@ def main() -> None:
     from borg_serve import attention
     from tests.gpu.steps import Backend, Shape, Step, step
 
-    attention.MIN_ROWS = 1
+    attention.MIN_READS = 1
     attention.OWN_SPLITS = arguments.splits or attention.OWN_SPLITS
-    shape = Shape(prefix=arguments.prefix, block=arguments.block, fp8=arguments.fp8)
+    parts = arguments.tensor_parallel
+    shape = Shape(28 // parts, 4 // parts, prefix=arguments.prefix, block=arguments.block, fp8=arguments.fp8)
     config = shape.config(arguments.model)
     backends = {"stock": Backend(shape, config, False), "shared": Backend(shape, config, True)}
 
@@ -69,7 +73,7 @@ def main() -> None:
     for batch in arguments.batches:
         given = step(shape, ["shared"] * batch, batch, arguments.own, exact=True)
         bare = step(replace(shape, prefix=0), ["shared"] * batch, batch, arguments.own, exact=True)
-        row = {"batch": batch, "block": shape.block, "fp8": shape.fp8, "own": arguments.own}
+        row = {"batch": batch, "kv_heads": shape.kv_heads, "block": shape.block, "fp8": shape.fp8, "own": arguments.own}
         row["splits"] = attention.OWN_SPLITS
         row |= {f"{name}_us": timed(each, given) for name, each in backends.items()}
         print(json.dumps(row | {"no_prefix_us": timed(backends["stock"], bare)}), flush=True)

@@ -107,6 +107,12 @@ def test_cluster_engines_have_the_workers_that_the_profile_says(cluster: Cluster
         workers.check(cluster.engine_of(replica).children())
 
 
+def test_cluster_engines_know_the_cluster_they_belong_to(cluster: Cluster) -> None:
+    """On GPUs an engine's process looks for its replica's placement group; it would look in a cluster of its own."""
+    for replica in cluster.replicas():
+        assert cluster.engine_of(replica).environ()["RAY_ADDRESS"] == cluster.nodes.address
+
+
 def test_cluster_replaces_a_lost_engine_while_the_other_serves(cluster: Cluster) -> None:
     before = cluster.replicas()
     victim = cluster.engine_of(before[0])
