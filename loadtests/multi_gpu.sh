@@ -13,6 +13,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 PORT=${PORT:-8000}
 REPEATS=${REPEATS:-3}
+READY_S=${READY_S:-600}
+failed=0
 DRY=
 if [ "${1:-}" = --dry-run ]; then DRY=$1; shift; fi
 ONLY=" $* "
@@ -35,10 +37,17 @@ measure() {
   BORG_LOADTEST_CLUSTER=$mark "$@" > "$OUT/$name.log" 2>&1 &
   server=$!
   trap finish EXIT
+  begin=$SECONDS
   until curl -sf "http://127.0.0.1:$PORT/ready" > /dev/null; do
-    kill -0 $server || { tail -20 "$OUT/$name.log"; exit 1; }
+    if ! kill -0 $server || ((SECONDS - begin > READY_S)); then
+      echo "$name: not ready, see $OUT/$name.log" | tee -a "$OUT/multi-gpu.txt"
+      failed=1
+      finish
+      return
+    fi
     sleep 1
   done
+  echo "$name ready after $((SECONDS - begin)) s" | tee -a "$OUT/multi-gpu.txt"
   for ((repeat = 0; repeat <= REPEATS; repeat++)); do
     # shellcheck disable=SC2086  # several numbers of users
     python3 -m loadtests.throughput "http://127.0.0.1:$PORT" --users $users --processes 8 | while read -r line; do
@@ -46,11 +55,11 @@ measure() {
     done
   done
   finish
-  trap - EXIT
 }
 
 # finish: end the server, and what Ray leaves behind: HAProxy would keep the port.
 finish() {
+  trap - EXIT
   kill $server || true
   python3 -c 'import sys; from loadtests.clusters import end; end(sys.argv[1])' "$mark"
   wait $server || true
@@ -90,3 +99,4 @@ for replicas in 2 4 8; do
   deployment "$OUT/replicas-$replicas.yaml" 1 $replicas
   measure "replicas-$replicas" "1 $((64 * replicas)) $((256 * replicas))" serve run "$OUT/replicas-$replicas.yaml"
 done
+exit $failed

@@ -1,4 +1,4 @@
-"""The script for a host with several GPUs, as far as can be told without one, and what it measures with."""
+"""The scripts for hosts with GPUs, as far as can be told without one, and what they measure with."""
 
 import itertools
 import os
@@ -17,30 +17,31 @@ from loadtests import servers, throughput
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def listed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str]]]:
-    """The commands of a dry run for eight GPUs, by name of the measurement: the server's, then the client's."""
-    folder = tmp_path_factory.mktemp("dry")
-    done = subprocess.run(
-        ["bash", "loadtests/multi_gpu.sh", "--dry-run"],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "MODEL": "/no/such/model",
-            "OUT": str(folder),
-            "GPUS": "8",
-        },
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+def script(name: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a script for eight GPUs, of which there is none."""
+    given = {"MODEL": "/no/such/model", "OUT": str(folder), "GPUS": "8", "PORT": str(servers.free_port())}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", f"loadtests/{name}.sh", *words]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path, **given}, capture_output=True, text=True)
+
+
+def commands(output: str) -> dict[str, list[list[str]]]:
+    """What a dry run listed, by name of the measurement."""
     found: dict[str, list[list[str]]] = {}
-    for line in done.stdout.splitlines():
+    for line in output.splitlines():
         name, _, command = line.removeprefix("+ ").partition(": ")
         found.setdefault(name, []).append(shlex.split(command))
-    assert [path.name for path in folder.iterdir() if path.suffix != ".yaml"] == [], "a dry run starts nothing"
     return found
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str]]]:
+    """The commands of a dry run: the server's, then the client's."""
+    folder = tmp_path_factory.mktemp("dry")
+    done = script("multi_gpu", folder, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in folder.iterdir() if path.suffix != ".yaml"] == [], "a dry run starts nothing"
+    return commands(done.stdout)
 
 
 def profile(command: list[str]) -> Config:
@@ -72,6 +73,26 @@ def test_multi_gpu_measures_tensor_parallelism_and_replicas(listed: dict[str, li
         else:
             assert config.cluster.max_replicas is None
             assert config.cluster.replicas == (int(name.partition("-")[2]) if "replicas" in name else 1)
+
+
+@pytest.mark.parametrize(("name", "step"), [("multi_gpu", "ray-tp2"), ("one_gpu", "cascade")])
+def test_gpu_scripts_do_only_what_is_named(name: str, step: str, tmp_path: Path) -> None:
+    assert set(commands(script(name, tmp_path, "--dry-run", step).stdout)) == {step}
+
+
+def test_multi_gpu_says_which_server_did_not_become_ready(tmp_path: Path) -> None:
+    done = script("multi_gpu", tmp_path, "tp1-stock")
+    assert done.returncode == 1
+    assert "tp1-stock: not ready, see " in (tmp_path / "multi-gpu.txt").read_text()
+    assert "/no/such/model" in (tmp_path / "tp1-stock.log").read_text()
+
+
+def test_one_gpu_measures_every_attention(tmp_path: Path) -> None:
+    found = commands(script("one_gpu", tmp_path, "--dry-run").stdout)
+    attentions = {words[words.index("--attention") + 1] for (words,) in found.values() if "--attention" in words}
+    assert attentions == {"stock", "shared", "cascade"}
+    assert {"attention", "answers", "layers-tp1", "layers-tp2", "layers-tp4", "unshared"} < set(found)
+    assert list(tmp_path.iterdir()) == [], "a dry run starts nothing"
 
 
 def test_throughput_counts_what_was_answered(tmp_path: Path) -> None:
