@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs a CUDA device, and BORG_GPU_DEMO to name the demo's checkpoint",
 )
 Answer = list[tuple[int, float]]
-ALL, FEW = "200", "40"
+ALL, FEW = "200", "64"
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,9 @@ def figures(name: str, one: list[Answer], other: list[Answer]) -> dict[str, Any]
 
 def test_answers_are_within_stocks_own_spread(answers: dict[tuple[str, str], list[Answer]]) -> None:
     stock = answers["stock", ALL]
-    spread = figures("stock, 40 at a time against 200", answers["stock", FEW], stock)
+    spread = figures("stock, 64 at a time against 200", answers["stock", FEW], stock)
     ours = figures("shared, 200 at a time, against stock's 200", answers["shared", ALL], stock)
-    few = figures("shared, 40 at a time, against stock's 200", answers["shared", FEW], stock)
+    few = figures("shared, 64 at a time, against stock's 200", answers["shared", FEW], stock)
     for found in (ours, few):
         assert found["mean"] <= 1.25 * spread["mean"]
         assert found["p99"] <= 1.25 * spread["p99"]
