@@ -20,7 +20,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.context import _get_global_client
 from ray.serve.deployment import Application
 
-from borg_serve import capacity, engine, guard, identity, mirror, report
+from borg_serve import capacity, engine, family, guard, identity, mirror, report
 from borg_serve.admission import Admission
 from borg_serve.config import Config, load
 from borg_serve.errors import CheckpointError, ConfigError, EngineError, Problem
@@ -42,8 +42,6 @@ from borg_serve.server import (
     Shared,
     admission,
     answer_for_lost_engine,
-    children,
-    end_children,
     log,
     make_gate,
     make_ready,
@@ -281,17 +279,17 @@ class BorgServer(LLMServer):
     async def _watch(self, gate: Gate, client: Any) -> None:
         """End this replica when its engine is lost, after an answer to whatever is in flight; Serve starts another."""
         prepared, shared = self._prepared, self._shared
-        family = children()
+        everyone, crew = family.children(), family.crew()
         reason = await watch(
             lambda: shared.progress.value,
-            lambda: bool(client.errored),
+            lambda: bool(client.errored) or family.ended(crew),
             lambda: engine.heartbeat(client, prepared.warm_up_ids),
             prepared.config.server.hang_s,
             shared.engine_busy,
         )
         await answer_for_lost_engine(gate, reason)
         await asyncio.sleep(FLUSH_S)
-        end_children(family)
+        family.end(everyone)
         os._exit(1)
 
     async def record_routing_stats(self) -> dict[str, Any]:
@@ -306,7 +304,7 @@ class BorgServer(LLMServer):
             task.cancel()
         if self._engine is not None and self._engine.client is not None:
             self._engine.client.shutdown(timeout=CLOSING_S)
-        end_children()
+        family.end()
 
 
 def _check_open(config: Config) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 
 import psutil
 
-from borg_serve import engine
+from borg_serve import engine, family
 from borg_serve.preparation import Preparation
 from borg_serve.readiness import Phase
-from borg_serve.server import CLOSING_S, Shared, children, end_children, log, serve_process
+from borg_serve.server import CLOSING_S, Shared, log, serve_process
 
 __all__ = ["supervise"]
 
@@ -40,7 +40,7 @@ def supervise(prepared: Preparation, sock: socket.socket, shared: Shared) -> int
     engine_args._api_process_count, engine_args._api_process_rank = count, -1
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     addresses = get_engine_zmq_addresses(config, count, defer_api_server_ports=True)
-    family: list[psutil.Process] = []
+    everyone: list[psutil.Process] = []
     try:
         executor, stats = Executor.get_class(config), not engine_args.disable_log_stats
         with launch_core_engines(config, executor, stats, addresses) as launch:
@@ -57,7 +57,7 @@ def supervise(prepared: Preparation, sock: socket.socket, shared: Shared) -> int
             launch.addresses.inputs, launch.addresses.outputs = manager.gather_actual_addresses()
             launch.watched_frontend_processes = manager.processes
         engines: Any = launch.engine_manager
-        family = children()
+        everyone = family.children()
         status = _wait(prepared, manager.processes, engines.processes, shared, stopping)
         engines.shutdown(timeout=CLOSING_S)
     except _Stop:
@@ -65,7 +65,7 @@ def supervise(prepared: Preparation, sock: socket.socket, shared: Shared) -> int
     except RuntimeError:
         status = 1  # an API process has said why
     finally:
-        end_children(family)
+        family.end(everyone)
     return status
 
 
@@ -93,11 +93,13 @@ def _wait(
 ) -> int:
     """Until the first process ends or a signal comes; then end the others, and say how it went."""
     stopping.armed = True
+    crew = family.crew()
     while not stopping.asked:
         ended = connection.wait([process.sentinel for process in (*workers, *engines)], timeout=0.25)
-        if not ended:
+        lost = family.ended(crew)
+        if not ended and not lost:
             continue
-        if any(process.sentinel in ended for process in engines):
+        if lost or any(process.sentinel in ended for process in engines):
             shared.lost.value = True  # they answer what is in flight, and end
         else:
             shared.phases[0] = Phase.FAILED

@@ -18,9 +18,12 @@ from typing import Any
 from borg_serve import hashes
 from borg_serve.errors import EngineError
 
-__all__ = ["register", "remember_blocks", "remember_hashes", "sleep_while_waiting"]
+__all__ = ["keep_seeds", "register", "remember_blocks", "remember_hashes", "sleep_while_waiting"]
 
 LOOK_S = 1.0
+SPIN_S = 0.005
+"""How long a CPU engine's processes look for the next message before they sleep. ZeroMQ drops the note of a message
+that follows another within 3 million ticks (its max_command_delay), and who sleeps already would miss it for 5 s."""
 CORE = "vllm.v1.engine.core"
 """The module that makes the engine's block hasher; in the engine's process it is there before its plugins."""
 
@@ -40,6 +43,8 @@ def register() -> None:
     if CORE in sys.modules:
         remember_hashes(sys.modules[CORE])
         remember_blocks()
+    if current_platform.is_cpu():
+        keep_seeds()
     threading.Thread(target=_end_with, args=(parent.pid,), name="end-with-parent", daemon=True).start()
 
 
@@ -77,10 +82,35 @@ def remember_blocks() -> None:
     coordinator.__init__ = remembering
 
 
+def keep_seeds() -> None:
+    """Let a request with a seed have a prompt of several steps on a CPU. Raises EngineError if vLLM moved its sampling.
+
+    vLLM samples after each part of a prompt, and turns a seed's generator back by what only a GPU's has: on a CPU that
+    ended the engine. Here the generator is away until the prompt is whole.
+    """
+    from vllm.v1.worker import cpu_model_runner
+
+    runners: Any = getattr(cpu_model_runner, "CPUModelRunner", None)
+    sample = getattr(runners, "sample_tokens", None)
+    if not callable(sample):
+        raise EngineError("plugin: vLLM moved CPUModelRunner.sample_tokens, got none. Use the pinned vLLM.")
+
+    def sample_tokens(runner: Any, *args: Any) -> Any:
+        unfinished = runner.discard_request_mask.np
+        generators = runner.input_batch.generators
+        away = {row: generators.pop(row) for row in list(generators) if unfinished[row]}
+        try:
+            return sample(runner, *args)
+        finally:
+            generators.update(away)
+
+    runners.sample_tokens = sample_tokens
+
+
 def sleep_while_waiting() -> None:
     """Have vLLM's processes sleep until another one writes to them. Raises EngineError if vLLM moved how they wait.
 
-    They spin for a second first: on a CPU engine that takes a whole core from the workers they wait for.
+    They spin for a second after each message: on a CPU engine that takes a whole core from the workers they wait for.
     """
     from vllm.distributed.device_communicators import shm_broadcast
 
@@ -88,7 +118,7 @@ def sleep_while_waiting() -> None:
     make = condition.__init__
     if "busy_loop_s" not in signature(make).parameters:
         raise EngineError("plugin: vLLM moved SpinCondition's busy_loop_s, got none. Use the pinned vLLM.")
-    condition.__init__ = partialmethod(make, busy_loop_s=0.0)
+    condition.__init__ = partialmethod(make, busy_loop_s=SPIN_S)
 
 
 def _end_with(parent: int) -> None:

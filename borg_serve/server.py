@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray, RawValue
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import uvicorn
 
-from borg_serve import capacity, engine, guard, metrics
+from borg_serve import capacity, engine, family, guard, metrics
 from borg_serve.admission import Admission
 from borg_serve.config import Config, Limits
 from borg_serve.errors import BorgServeError, EngineError, ServerError
@@ -246,7 +246,7 @@ async def engine_client(
     stopping.cancel()
     if not starting.done():
         # A thread cannot be cancelled; without its processes the start fails by itself.
-        end_children()
+        family.end()
         with contextlib.suppress(TimeoutError, EngineError):
             await asyncio.wait_for(starting, CLOSING_S)
         yield None
@@ -323,9 +323,10 @@ async def until_stopped(
         await engine.heartbeat(client, prepared.warm_up_ids)
 
     def dead() -> bool:
-        return bool(client.errored or shared.lost.value or gate.readiness.phase == Phase.FAILED)
+        lost = client.errored or shared.lost.value or gate.readiness.phase == Phase.FAILED
+        return bool(lost) or family.ended(crew)
 
-    family = children()
+    everyone, crew = family.children(), family.crew()
     stopping = asyncio.create_task(stop.wait())
     # One process watches for a hang; the others learn of it from the phase they share.
     watchdog = asyncio.create_task(
@@ -338,7 +339,7 @@ async def until_stopped(
         stopping.cancel()
         reason = watchdog.result()
         await answer_for_lost_engine(gate, reason)
-        end_children(family)
+        family.end(everyone)
         return 1
     watchdog.cancel()
     gate.readiness.set(Phase.DRAINING, "the server is being stopped")
@@ -357,18 +358,3 @@ async def answer_for_lost_engine(gate: Gate, reason: str) -> None:
     gate.readiness.set(Phase.FAILED, reason)
     lost = Refused.of(503, "engine_lost", "The engine was lost. Try again later.", "server_error", "engine_lost")
     await gate.end_all(lost, CLOSING_S)
-
-
-def children() -> list[psutil.Process]:
-    """The processes that descend from this one."""
-    return psutil.Process().children(recursive=True)
-
-
-def end_children(known: Iterable[psutil.Process] = ()) -> None:
-    """Kill the engine's processes of this process by their ids; a stopped process takes no other signal.
-
-    `known`: descendants of before. When their parent was killed they are no longer found, and run on for a while.
-    """
-    for child in {*known, *children()}:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()

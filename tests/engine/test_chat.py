@@ -144,6 +144,20 @@ def test_chat_same_seed_gives_same_text(client: openai.OpenAI) -> None:
     assert len({sample(seed) for seed in (11, 12, 13)}) > 1
 
 
+def test_chat_seed_gives_same_text_in_however_many_steps_its_prompt_is_read(client: openai.OpenAI) -> None:
+    """Read in three steps at first, and in one when its blocks are cached. vLLM's CPU engine died of the first."""
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Go on: one, two, " + "and, " * 400}]
+    first, again = (
+        client.chat.completions.create(model=MODEL, messages=messages, temperature=1.5, seed=5, max_tokens=6)
+        for _ in range(2)
+    )
+    assert first.usage is not None
+    assert first.usage.prompt_tokens_details is not None
+    computed = first.usage.prompt_tokens - (first.usage.prompt_tokens_details.cached_tokens or 0)
+    assert computed > 2 * 256
+    assert text(first) == text(again)
+
+
 def test_chat_temperature_below_a_hundredth_is_greedy(client: openai.OpenAI) -> None:
     def first_logprobs(temperature: float) -> list[tuple[str, float]]:
         answer = client.chat.completions.create(
