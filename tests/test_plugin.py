@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import zmq
-from vllm.distributed.device_communicators import shm_broadcast
+from vllm.distributed.device_communicators import cpu_communicator, shm_broadcast
 from vllm.v1.worker import cpu_model_runner
 
 from borg_serve import plugin
@@ -63,6 +63,12 @@ def test_plugin_refuses_a_vllm_that_samples_elsewhere(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cpu_model_runner, "CPUModelRunner", object)
     with pytest.raises(EngineError, match="sample_tokens"):
         plugin.keep_seeds()
+
+
+def test_plugin_refuses_a_vllm_whose_workers_talk_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_communicator, "CpuCommunicator", object)
+    with pytest.raises(EngineError, match="Gloo"):
+        plugin.talk_through_gloo()
 
 
 def test_plugin_refuses_a_vllm_that_waits_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
