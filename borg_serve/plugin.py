@@ -51,9 +51,7 @@ def register() -> None:
 
 def remember_hashes(core: Any) -> None:
     """Make the engine's hasher remember the prefix. Raises EngineError if vLLM moved its maker."""
-    make = getattr(core, "get_request_block_hasher", None)
-    if not callable(make):
-        raise EngineError(f"plugin: vLLM moved get_request_block_hasher, got none in {CORE}. Use the pinned vLLM.")
+    make = _found(core, "get_request_block_hasher")
 
     def remembering(block_size: int, *args: Any) -> hashes.Hasher:
         return hashes.remembering(make(block_size, *args), block_size)
@@ -68,10 +66,9 @@ def remember_blocks() -> None:
     """
     from vllm.v1.core import kv_cache_coordinator, single_type_kv_cache_manager
 
-    coordinator: Any = getattr(kv_cache_coordinator, "UnitaryKVCacheCoordinator", None)
-    manager: Any = getattr(single_type_kv_cache_manager, "FullAttentionManager", None)
-    if manager is None or not callable(getattr(coordinator, "find_longest_cache_hit", None)):
-        raise EngineError("plugin: vLLM moved UnitaryKVCacheCoordinator's lookup, got none. Use the pinned vLLM.")
+    coordinator = _found(kv_cache_coordinator, "UnitaryKVCacheCoordinator")
+    manager = _found(single_type_kv_cache_manager, "FullAttentionManager")
+    _found(coordinator, "find_longest_cache_hit")
     make = coordinator.__init__
 
     def remembering(cache: Any, *args: Any, **kwargs: Any) -> None:
@@ -91,10 +88,8 @@ def keep_seeds() -> None:
     """
     from vllm.v1.worker import cpu_model_runner
 
-    runners: Any = getattr(cpu_model_runner, "CPUModelRunner", None)
-    sample = getattr(runners, "sample_tokens", None)
-    if not callable(sample):
-        raise EngineError("plugin: vLLM moved CPUModelRunner.sample_tokens, got none. Use the pinned vLLM.")
+    runners = _found(cpu_model_runner, "CPUModelRunner")
+    sample = _found(runners, "sample_tokens")
 
     def sample_tokens(runner: Any, *args: Any) -> Any:
         unfinished = runner.discard_request_mask.np
@@ -131,9 +126,16 @@ def talk_through_gloo() -> None:
     from vllm.distributed.device_communicators import cpu_communicator
 
     communicator: Any = cpu_communicator.CpuCommunicator
-    if not callable(getattr(communicator, "_all_group_ranks_share_shm_group_name", None)):
-        raise EngineError("plugin: vLLM moved what chooses between shared memory and Gloo. Use the pinned vLLM.")
+    _found(communicator, "_all_group_ranks_share_shm_group_name", "what chooses between shared memory and Gloo")
     communicator._all_group_ranks_share_shm_group_name = lambda self: False
+
+
+def _found(owner: Any, name: str, what: str = "") -> Any:
+    """A class or function of vLLM's that is changed here; `what` it is, where its name does not say it."""
+    found = getattr(owner, name, None)
+    if not callable(found):
+        raise EngineError(f"plugin: vLLM moved {what or name}, got none. Use the pinned vLLM.")
+    return found
 
 
 def _end_with(parent: int) -> None:
