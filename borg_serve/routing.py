@@ -6,6 +6,7 @@ not know vLLM. The identity is in every replica's cache, so it draws no conversa
 
 import hashlib
 import json
+import math
 from typing import Any
 
 from ray.serve._private.common import ReplicaID
@@ -21,6 +22,9 @@ BOUND = 1.25
 """A replica with this many times the mean load, and half its places taken, takes no more while others have room
 (consistent hashing with bounded loads, Mirrokni et al., arXiv:1608.01350): a greeting that everybody begins with must
 not fill one replica."""
+QUEUE_ANSWER_S = 1.0
+"""Ray asks a replica that it has not used for 10 s for its queue and goes on to the next one when it does not answer in
+time. Ray's own 0.1 s is shorter than a busy replica's step, and costs a conversation its cache."""
 CLIENT = ("prompt_cache_key", "safety_identifier", "user")
 """Fields by which a client may say whose request it is; the first one present counts."""
 
@@ -41,11 +45,11 @@ def conversation(fields: dict[str, Any]) -> str | None:
     return hashlib.sha256(json.dumps([who, first], sort_keys=True).encode()).hexdigest()
 
 
-def order(ranked: list[str], load: dict[str, int], places: dict[str, int]) -> list[str]:
+def order(ranked: list[str], load: dict[str, int], places: dict[str, float]) -> list[str]:
     """Put the replicas of one conversation in the order to try: its own first, unless that is full or overloaded.
 
-    `ranked`: replicas by the ring, its own first. `load`: requests each one has; `places`: how many it takes. Where
-    every replica is full the order stays: the first refuses with the time to try again.
+    `ranked`: replicas by the ring, its own first. `load`: requests each one has; `places`: how many it takes, infinite
+    until it tells. Where every replica is full the order stays: the first refuses with the time to try again.
     """
     mean = (sum(load[name] for name in ranked) + 1) / max(1, len(ranked))
     room = [name for name in ranked if load[name] < places[name]]
@@ -55,6 +59,8 @@ def order(ranked: list[str], load: dict[str, int], places: dict[str, int]) -> li
 
 class ConversationRouter(ConsistentHashRouter):
     """Serve's consistent hashing by session, and without a session by the conversation's beginning."""
+
+    queue_len_response_deadline_s = QUEUE_ANSWER_S
 
     def initialize_state(self, **kwargs: Any) -> None:
         super().initialize_state(num_virtual_nodes=VIRTUAL_NODES, num_fallback_replicas=1_000_000, **kwargs)
@@ -77,7 +83,7 @@ class ConversationRouter(ConsistentHashRouter):
             return ranks
         replicas = {str(rank[0].replica_id): rank[0] for rank in ranks}
         load = {name: self._load(replica) for name, replica in replicas.items()}
-        places = {name: int(replica.routing_stats.get("places", 1)) for name, replica in replicas.items()}
+        places = {name: float(replica.routing_stats.get("places", math.inf)) for name, replica in replicas.items()}
         tried = [replicas[name] for name in order(list(replicas), load, places)]
         self._count(tried[0])
         return [[replica] for replica in tried]

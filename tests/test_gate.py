@@ -15,6 +15,7 @@ from borg_serve.exchange import Refused
 from borg_serve.keys import KeyRing, new_key
 from borg_serve.readiness import Phase
 from tests.asgi import ANSWER, CHAT, QUESTION, STREAM, Application, Client, chunk, document, make_gate
+from tests.waiting import await_room_in_the_minute
 
 LONG = Application.whole(document(), wait_s=60.0)
 
@@ -262,6 +263,7 @@ async def test_gate_with_keys_knows_a_friend_and_writes_his_name_down(
 
 
 async def test_gate_tells_a_key_over_its_limits_when_to_return(keys: tuple[KeyRing, dict[str, str]]) -> None:
+    await_room_in_the_minute()
     gate = make_gate(Application.whole(document(), wait_s=0.2), keys=keys[0])
     headers = {"authorization": f"Bearer {keys[1]['bound']}"}
     first = Client(gate, CHAT, QUESTION, headers=headers).begin()

@@ -4,9 +4,11 @@ import signal
 
 from borg_serve.keys import Key, Quota
 from tests.conftest import Redis
+from tests.waiting import await_room_in_the_minute
 
 
 async def test_quota_of_replicas_is_counted_together(redis: Redis) -> None:
+    await_room_in_the_minute()
     first, second = (Quota(f"redis://{redis.address}") for _ in range(2))
     key = Key("shared", requests_per_minute=3)
     refusals = [await quota.admit(key) for quota in (first, second, first, second, first)]

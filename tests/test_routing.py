@@ -1,12 +1,22 @@
 """The order in which replicas are tried, and what makes requests one conversation."""
 
+import asyncio
 from statistics import mean
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.serve._private.common import (
+    DeploymentHandleSource,
+    DeploymentID,
+    ReplicaID,
+    RequestMetadata,
+    RunningReplicaInfo,
+)
+from ray.serve._private.request_router.common import PendingRequest
+from ray.serve._private.request_router.replica_wrapper import RunningReplica
 
-from borg_serve.routing import conversation, order
+from borg_serve.routing import ConversationRouter, conversation, order
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -69,3 +79,55 @@ def test_order_balances_a_greeting_that_everybody_begins_with(replicas: int) -> 
     for _ in range(200):
         load[order(names, load, dict.fromkeys(names, 100))[0]] += 1
     assert max(load.values()) / mean(load.values()) <= 1.25
+
+
+class Told(RunningReplica):
+    """A replica as a router sees it, which tells its queue after a known time."""
+
+    def __init__(self, info: RunningReplicaInfo, delay_s: float) -> None:
+        self._replica_info = info
+        self._multiplexed_model_ids = set()
+        self.delay_s = delay_s
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        await asyncio.sleep(self.delay_s)
+        return 0
+
+
+DEPLOYMENT = DeploymentID("BorgServer", "borg")
+
+
+def router_of(*delays_s: float) -> ConversationRouter:
+    """A router of such replicas; none has told its load and places."""
+    router = ConversationRouter(DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+    router.initialize_state()
+    infos = [
+        RunningReplicaInfo(ReplicaID(str(number), DEPLOYMENT), None, None, None, f"replica {number}", 100)
+        for number in range(len(delays_s))
+    ]
+    router.update_replicas([Told(info, delay_s) for info, delay_s in zip(infos, delays_s, strict=True)])
+    return router
+
+
+async def chosen(router: ConversationRouter, session: str, number: int = 0) -> str:
+    metadata = RequestMetadata(f"{session} {number}", f"{session} {number}", session_id=session)
+    found = await router._choose_replica_for_request(PendingRequest([], {}, metadata))
+    return found.replica_id.unique_id
+
+
+async def test_router_keeps_a_conversation_before_its_replica_has_told_its_places() -> None:
+    router = router_of(0, 0)
+    assert len({await chosen(router, "one", number) for number in range(5)}) == 1
+    assert len({await chosen(router, str(number)) for number in range(12)}) == 2
+
+
+async def test_router_waits_for_a_busy_replica_to_tell_its_queue() -> None:
+    """Longer than Ray would."""
+    sessions = [str(number) for number in range(8)]
+    quick = [await chosen(router_of(0, 0), session) for session in sessions]
+    assert len(set(quick)) == 2
+    assert [await chosen(router_of(0.3, 0), session) for session in sessions] == quick
+
+
+async def test_router_passes_over_a_replica_that_does_not_tell_its_queue() -> None:
+    assert {await chosen(router_of(60, 0), str(number)) for number in range(2)} == {"1"}

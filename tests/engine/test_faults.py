@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.servers import LOOK
 from tests.engine.process import Server, living, running
-from tests.waiting import wait_until
+from tests.waiting import await_room_in_the_minute, wait_until
 
 PATH = "/v1/chat/completions"
 LONG = {"messages": [{"role": "user", "content": "Tell me a long story."}], "max_tokens": 3000, "ignore_eos": True}
@@ -324,6 +324,7 @@ def test_fault_key_over_its_limits_is_429_with_retry_after(hurried: Server) -> N
         end.result(30)
         assert answer.status == 200, answer.text
 
+    await_room_in_the_minute(20)
     few, one, small = (Clients(hurried, key(name)) for name in ("few", "one", "small"))
     served(few)
     served(few)
