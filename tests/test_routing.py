@@ -2,6 +2,7 @@
 
 import asyncio
 from statistics import mean
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -99,7 +100,8 @@ DEPLOYMENT = DeploymentID("BorgServer", "borg")
 
 def router_of(*delays_s: float) -> ConversationRouter:
     """A router of such replicas; none has told its load and places."""
-    router = ConversationRouter(DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+    make: Any = ConversationRouter  # Ray's types say nothing of it
+    router: ConversationRouter = make(DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
     router.initialize_state()
     infos = [
         RunningReplicaInfo(ReplicaID(str(number), DEPLOYMENT), None, None, None, f"replica {number}", 100)
