@@ -22,9 +22,9 @@ logging.getLogger("httpx").setLevel(logging.WARNING)  # Ray makes every look at 
 __all__ = ["ALIKE", "application", "direct", "end", "family", "ports", "running"]
 
 MARK = "BORG_LOADTEST_CLUSTER"
-FIRST_PORT = 34000
+FIRST_PORT = 31200
 PORTS = 100
-"""Replicas listen from here on, those of other clusters of this machine as well."""
+"""Replicas listen from here on, those of other clusters of this machine as well; below the ports of connections."""
 READY_S = 600.0
 ALIKE = {
     "RAY_worker_niceness": "0",  # Ray's own, 15, starves replicas where clients share the machine

@@ -41,8 +41,8 @@ GENTLE = {
     "engine.kv_cache_memory_bytes": 1 << 30,
     **workers.SETTINGS,
 }
-FIRST_PORT = 33000
-"""Replicas listen from here on."""
+FIRST_PORT = 31000
+"""Replicas listen from here on; connections take theirs from 32768 on, and Ray passes over a taken one."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Cluster:
     def replicas(self) -> list[Replica]:
         """Return the replicas that answer, by name."""
         found = []
-        for port in range(FIRST_PORT, FIRST_PORT + 12):
+        for port in range(FIRST_PORT, FIRST_PORT + 24):
             url = f"http://127.0.0.1:{port}"
             with suppress(httpx.TransportError, ValueError):
                 version = LOOK.get(f"{url}/version").json()
