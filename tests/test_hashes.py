@@ -1,6 +1,8 @@
-"""The remembered block hashes against vLLM's own, on vLLM's own requests."""
+"""What is remembered of the identity against vLLM's own, on vLLM's own requests: hashes, blocks, token ids."""
 
 import random
+from inspect import getsource
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -15,10 +17,11 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.engine import core
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import Request
+from vllm.v1.worker.gpu import states
 
 from borg_serve import plugin
 from borg_serve.errors import EngineError
-from borg_serve.hashes import Hasher, remembering
+from borg_serve.hashes import Hasher, remembering, writing
 
 BLOCK = 16
 SHA256 = get_hash_fn_by_name("sha256")
@@ -186,3 +189,70 @@ def test_blocks_cannot_be_remembered_where_vllm_moved_its_lookup(monkeypatch: py
     monkeypatch.delattr(kv_cache_coordinator, "UnitaryKVCacheCoordinator")
     with pytest.raises(EngineError, match="moved UnitaryKVCacheCoordinator"):
         plugin.remember_blocks()
+
+
+class Table:
+    """Rows of token ids as a GPU's worker has them, written to as it says."""
+
+    def __init__(self) -> None:
+        self.rows = {row: [0] * 900 for row in range(3)}
+        self.written: list[int] = []
+
+    def write(self, row: int, start: int, ids: list[int]) -> None:
+        self.rows[row][start : start + len(ids)] = ids
+        self.written.append(len(ids))
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.sampled_from(["identity", "other", "part", "dummy"]), st.integers(0, 70)), max_size=20))
+def test_ids_written_are_all_there_whatever_came_before(prompts: list[tuple[str, int]]) -> None:
+    table = Table()
+    write = writing(table.write)
+    for turn, (kind, more) in enumerate(prompts):
+        start = {"identity": IDENTITY, "other": [turn], "part": IDENTITY[: 3 * BLOCK + 7], "dummy": []}[kind]
+        ids = [*start, *([turn] * more)]
+        row = turn % 3
+        write(row, 0, ids)
+        found = table.rows[row]
+        assert found[: len(ids)] == ids
+        found[len(ids) : len(ids) + 40] = [-1] * 40  # what is generated is written past the writer
+
+
+def test_ids_of_the_identity_are_written_once_a_row() -> None:
+    table = Table()
+    write = writing(table.write)
+    for turn, tail in enumerate(([1] * 20, [2] * 20, [3] * 20, [4] * 30, [5] * 5, [6] * 10)):
+        write(turn % 3, 0, IDENTITY + tail)
+    whole = len(IDENTITY)
+    assert table.written == [whole + 20, whole + 20, whole + 20, 30, 5, 10]
+
+
+def test_ids_after_an_engines_own_dummies_are_the_identitys() -> None:
+    table = Table()
+    write = writing(table.write)
+    for dummy in ([0] * 50, [0] * 60, [1] * 900):
+        write(0, 0, dummy)
+    for tail in ([1] * 20, [2] * 20, [3] * 20):
+        write(0, 0, IDENTITY + tail)
+    assert table.written[-1] == 20
+
+
+def test_ids_are_written_where_a_gpus_worker_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That worker cannot run here; what is changed of it is found here."""
+    assert "self.all_token_ids.stage_write(req_idx, 0, all_token_ids)" in getsource(states.RequestState.add_request)
+    table = Table()
+
+    class State:
+        def __init__(self) -> None:
+            self.all_token_ids = SimpleNamespace(stage_write=table.write)
+
+    monkeypatch.setattr(states, "RequestState", State)
+    plugin.remember_ids()
+    state = State()
+    for tail in ([1] * 20, [2] * 20, [3] * 20):
+        state.all_token_ids.stage_write(0, 0, IDENTITY + tail)
+    assert table.written[-1] == 20
+    monkeypatch.setattr(states, "RequestState", type("Moved", (), {}))
+    plugin.remember_ids()
+    with pytest.raises(EngineError, match="moved a worker's table of token ids"):
+        states.RequestState()  # type: ignore[call-arg]
