@@ -61,8 +61,8 @@ test: setup system ## run every test that a CPU can run
 test-gpu: ## run the tests of a CUDA device, in an environment with borg-serve[gpu,test]: make test-gpu BORG_GPU_MODEL=DIRECTORY BORG_GPU_DEMO=DIRECTORY
 	BORG_GPU_MODEL=$(BORG_GPU_MODEL) BORG_GPU_DEMO=$(BORG_GPU_DEMO) python3 -m pytest -m gpu tests/gpu
 
-test-pure: setup ## run the tests that start no Locust, engine, cluster or browser
-	$(BIN)/python -m pytest -m "not load and not engine and not cluster and not gpu and not browser"
+test-pure: setup ## run the tests that start nothing
+	$(BIN)/python -m pytest -m "not process and not load and not engine and not cluster and not gpu and not browser"
 
 check: setup ## format, lint and types; changes nothing
 	$(BIN)/ruff format --check .

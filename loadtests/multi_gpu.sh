@@ -2,9 +2,10 @@
 # Tensor parallelism and replicas on one host with several GPUs, over HTTP: a line of figures for each run in
 # $OUT/multi-gpu.txt, the servers' logs beside it. About 3 minutes for each of the servers that --dry-run lists.
 #
-#   MODEL=DIRECTORY OUT=DIRECTORY [GPUS=8] loadtests/multi_gpu.sh [--dry-run] [NAME ...]
+#   MODEL=DIRECTORY OUT=DIRECTORY [GPUS=8] [MORE="KEY=VALUE ..."] loadtests/multi_gpu.sh [--dry-run] [NAME ...]
 #
-# With names, only those of the servers: GPUs are seldom free for an hour.
+# With names, only those of the servers: GPUs are seldom free for an hour. MORE: settings for each of them, such as
+# engine.stream_interval=4.
 #
 # MODEL may hold no weights: speed hardly depends on them, so they are random (load_format: dummy).
 set -euo pipefail
@@ -24,6 +25,8 @@ export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1 RAY_S
 export RAY_SERVE_HAPROXY_RETRY_ON="conn-failure empty-response" RAY_worker_niceness=0 RAY_USAGE_STATS_ENABLED=0
 PROFILE=(7b-h100 7b-h100 7b-tp2 "" 7b-tp4) # by tensor parallelism
 SETTINGS=(model.path="$MODEL" model.load_format=dummy model.dtype=bfloat16)
+read -ra more <<< "${MORE:-}"
+SETTINGS+=("${more[@]}")
 
 # measure NAME USERS COMMAND...: start a server, measure it REPEATS times after a warm-up, end it with its processes.
 measure() {
@@ -78,7 +81,8 @@ deploy = yaml.safe_load(Path("deploy", {"1": "7b-autoscale.yaml"}.get(tp, f"7b-t
 deploy |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": int(port)}}
 (application,) = deploy["applications"]
 changes = {"server.keys": None, "cluster.max_replicas": None, "cluster.replicas": int(replicas)}
-application["args"]["set"] |= changes | dict(item.split("=", 1) for item in settings)
+pairs = (item.split("=", 1) for item in settings)
+application["args"]["set"] |= changes | {key: yaml.safe_load(value) for key, value in pairs}
 Path(file).write_text(yaml.safe_dump(deploy))
 END
 }

@@ -25,8 +25,8 @@ hypothesis.settings.register_profile("borg", deadline=None)
 hypothesis.settings.load_profile("borg")
 
 STILLNESS = Stillness()
-TIERS = ("load", "engine", "browser", "cluster", "gpu")
-ORDER = ("pure", "load", "engine", "browser", "ending", "cluster", "gpu")
+TIERS = ("process", "load", "engine", "browser", "cluster", "gpu")
+ORDER = ("pure", "process", "load", "engine", "browser", "ending", "cluster", "gpu")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

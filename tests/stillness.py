@@ -1,7 +1,7 @@
 """Whether the machine stood still: a paused machine's clocks go on, and every deadline of a test passes at once."""
 
 import threading
-import time
+from time import monotonic, sleep  # its own: a test may turn the module's clock
 
 STEP_S = 0.25
 STILL_S = 2.0
@@ -15,13 +15,13 @@ class Stillness:
         self.pauses_s: list[float] = []
         """How long each took, in seconds."""
         self._before = 0
-        self._woke = time.monotonic()
+        self._woke = monotonic()
         threading.Thread(target=self._watch, name="stillness", daemon=True).start()
 
     def _watch(self) -> None:
         while True:
-            time.sleep(STEP_S)
-            slept_s = time.monotonic() - self._woke
+            sleep(STEP_S)
+            slept_s = monotonic() - self._woke
             self._woke += slept_s
             if slept_s > STILL_S:
                 self.pauses_s.append(slept_s)
@@ -32,5 +32,5 @@ class Stillness:
 
     def happened(self) -> bool:
         """Whether the machine stood still since `begin`; a failed test may ask before the thread has woken."""
-        asleep_s = time.monotonic() - self._woke
+        asleep_s = monotonic() - self._woke
         return asleep_s > STILL_S or len(self.pauses_s) > self._before

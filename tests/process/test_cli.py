@@ -19,7 +19,7 @@ from borg_serve import cli
 from borg_serve.identity import load
 from tests import qwen
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 PROFILE = str(CONFIGS / "demo-cpu.yaml")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.waiting import wait_until
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FAILING = """
 import time
 from pathlib import Path

@@ -14,12 +14,13 @@ import yaml
 from borg_serve.config import Config, load
 from loadtests import servers, throughput
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def script(name: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run a script for eight GPUs, of which there is none."""
     given = {"MODEL": "/no/such/model", "OUT": str(folder), "GPUS": "8", "PORT": str(servers.free_port())}
+    given["MORE"] = "engine.stream_interval=4 limits.deadline_s=90"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["bash", f"loadtests/{name}.sh", *words]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path, **given}, capture_output=True, text=True)
@@ -66,6 +67,7 @@ def test_multi_gpu_measures_tensor_parallelism_and_replicas(listed: dict[str, li
         config = profile(server)
         assert config.model.path == "/no/such/model"
         assert config.server.keys is None
+        assert (config.engine["stream_interval"], config.limits.deadline_s) == (4, 90)
         assert config.engine.get("tensor_parallel_size", 1) == (int(name.partition("tp")[2][:1]) if "tp" in name else 1)
         assert client[:3] == ["python3", "-m", "loadtests.throughput"]
         if name.startswith("tp"):
