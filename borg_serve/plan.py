@@ -69,8 +69,11 @@ SEQUENCE_S = 2.6e-6
 TP_SHARE = 0.68
 """Of a GPU's own speed, what it reaches as one of several. Chosen to come near the 294, 12,580 and 24,390 tokens/s that
 two H200 served to 1, 64 and 256 users (docs/results/multi-gpu.md); more than two were not measured."""
-API_TOKENS_S = 9_000
-"""Output tokens/s that one API process renders and streams (8,740 to 9,030 at 256 users)."""
+API_TOKEN_S = 47e-6
+"""Time of an API process for a token, the token's part of a request included (docs/results/api-process.md)."""
+API_EVENT_S = 64e-6
+"""And for an event of a stream, which brings engine.stream_interval tokens. With one, hosts of GPUs carried as much as
+this makes, 9,000 tokens/s (8,740 to 9,030 at 256 users)."""
 OVERHEAD_BYTES = 4 * GIB
 """Activations, CUDA graphs and the context."""
 
@@ -113,6 +116,8 @@ class Plan:
     kv_bytes: int
     kv_tokens: int
     api_processes: int
+    api_tokens_s: float
+    """What one replica's API processes carry."""
     tokens_s: float
     """All replicas together with these users, as far as their API processes carry it."""
     tokens_s_a_user: float
@@ -149,12 +154,12 @@ def plan(
     batch = math.ceil(users / replicas)
     reached = speed(device, batch, context_tokens, engine, tp, load)
     unshared = speed(device, batch, context_tokens, engine, tp, load, shared=False)
-    carried = API_TOKENS_S * api_processes
+    carried = api_tokens_s(engine) * api_processes
     total = min(reached.tokens_s, carried) * users / batch
     apart = None
     if tp > 1 and _memory(device, engine, 1).users(context_tokens) >= (own := math.ceil(users / (replicas * tp))):
         alone = speed(device, own, context_tokens, engine, 1, load)
-        apart = min(alone.tokens_s, API_TOKENS_S) * users / own
+        apart = min(alone.tokens_s, api_tokens_s(engine)) * users / own
     return Plan(
         gpu=device.name,
         users=users,
@@ -167,6 +172,7 @@ def plan(
         kv_bytes=memory.kv_bytes,
         kv_tokens=memory.kv_tokens,
         api_processes=api_processes,
+        api_tokens_s=carried,
         tokens_s=total,
         tokens_s_a_user=total / users,
         engine_tokens_s=reached.tokens_s,
@@ -208,6 +214,11 @@ def speed(
     step_s = weights_s + identity_s + own_s + rest_s + prefill_s
     milliseconds = [1000 * part for part in (weights_s, identity_s, own_s, rest_s, prefill_s)]
     return Speed(users / step_s, *milliseconds)
+
+
+def api_tokens_s(engine: Mapping[str, Any]) -> float:
+    """Output tokens/s that one API process renders and streams."""
+    return 1 / (API_TOKEN_S + API_EVENT_S / int(engine.get("stream_interval") or 1))
 
 
 def _device(gpu: str) -> Gpu:
@@ -268,14 +279,21 @@ def document(found: Plan) -> dict[str, Any]:
     """The plan as JSON, with what a reader of numbers alone must know."""
     rounded = {name: round(value, 1) for name, value in asdict(found.speed).items()}
     numbers = asdict(found) | {"speed": rounded}
-    for name in ("tokens_s", "tokens_s_a_user", "engine_tokens_s", "tokens_s_unshared", "tokens_s_apart"):
+    for name in (
+        "api_tokens_s",
+        "tokens_s",
+        "tokens_s_a_user",
+        "engine_tokens_s",
+        "tokens_s_unshared",
+        "tokens_s_apart",
+    ):
         numbers[name] = None if numbers[name] is None else round(numbers[name], 1)
     return {"estimate": True, "model": "the merged 7B checkpoint", **numbers, "notes": notes(found)}
 
 
 def notes(found: Plan) -> list[str]:
     """What the numbers do not say."""
-    load, carried = Workload(), API_TOKENS_S * found.api_processes
+    load, carried = Workload(), _two_digits(found.api_tokens_s)
     said = [
         "An estimate, not a measurement: figures of an H100 and an H200 scaled by bandwidth and arithmetic, for "
         f"requests of {load.new_tokens} new tokens and {load.output_tokens} of answer. Measure before you buy."
@@ -283,7 +301,8 @@ def notes(found: Plan) -> list[str]:
     if found.engine_tokens_s > carried:
         said.append(
             f"A replica's engine could make {found.engine_tokens_s:,.0f} tokens/s, but its API processes "
-            f"({found.api_processes}) carry about {carried:,}. More replicas with fewer users each would be faster."
+            f"({found.api_processes}) carry about {carried:,}. More tokens an event (engine.stream_interval) or more "
+            "replicas with fewer users each would be faster."
         )
     if found.replicas > 1:
         said.append(

@@ -93,7 +93,7 @@ def _refused() -> dict[str, RefusedField]:
         "cache_salt": RefusedField("it unshares the identity's cache"),
         "priority": RefusedField("requests are served in order", (0,)),
         "request_id": RefusedField("send the header x-request-id instead"),
-        "stream_interval": RefusedField("every token is streamed as it comes", (1,)),
+        "stream_interval": RefusedField("the server sets how many tokens an event has", (1,)),
         "best_of": RefusedField(cost, (1,)),
         "use_beam_search": RefusedField(cost, (False,)),
         "length_penalty": RefusedField("it belongs to beam search", (1,)),

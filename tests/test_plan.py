@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from borg_serve import cli
 from borg_serve.config import load
 from borg_serve.errors import ConfigError
-from borg_serve.plan import GPUS, IDENTITY_TOKENS, Gpu, Plan, Workload, document, notes, plan, speed, text
+from borg_serve.plan import GPUS, IDENTITY_TOKENS, Gpu, Plan, Workload, api_tokens_s, document, notes, plan, speed, text
 
 H100 = GPUS["h100"]
 STOCK_H100 = replace(H100, two_passes=False)
@@ -110,8 +110,18 @@ def test_plan_of_many_users_spreads_them_evenly_and_tells_of_conversations() -> 
 def test_plan_never_promises_more_than_the_api_processes_carry() -> None:
     found = plan("h100", 2_560, 2_400, ENGINE, processes=4)
     assert found.engine_tokens_s > 9_000
-    assert found.tokens_s == pytest.approx(9_000 * found.replicas)
+    assert found.tokens_s == pytest.approx(9_000 * found.replicas, rel=0.01)
     assert any("API processes" in note for note in notes(found))
+    fewer_events = plan("h100", 2_560, 2_400, {**ENGINE, "stream_interval": 4}, processes=4)
+    assert fewer_events.tokens_s == pytest.approx(15_900 * found.replicas, rel=0.01)
+
+
+def test_plan_gives_an_api_process_what_was_measured_of_one() -> None:
+    report = json.loads((RESULTS / "api-process.json").read_text())
+    for interval, blocks in report["blocks"].items():
+        measured = 1e6 / median(block["server_us_a_token"] for block in blocks)
+        assert api_tokens_s({"stream_interval": int(interval)}) == pytest.approx(measured, rel=0.03)
+    assert 8_740 <= api_tokens_s({}) <= 9_030
 
 
 def test_plan_is_bound_by_the_scheduler_or_by_memory() -> None:

@@ -266,7 +266,7 @@ def key(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def hurried(divisible: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With two workers in tensor parallel: each a process of its own."""
+    """With two workers in tensor parallel, each a process of its own, and four tokens an event."""
     folder = tmp_path_factory.mktemp("hurried")
     entries = [
         {"name": name, "sha256": hashlib.sha256(key(name).encode()).hexdigest(), "limits": limits}
@@ -280,6 +280,7 @@ def hurried(divisible: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "--set=limits.concurrent=2",
         "--set=limits.queued=2",
         "--set=engine.tensor_parallel_size=2",
+        "--set=engine.stream_interval=4",
         "--set=engine.kv_cache_memory_bytes=1073741824",  # each worker has its own
     )
     with running(folder, *settings) as server:
@@ -294,6 +295,20 @@ def test_fault_two_workers_answer_as_one(hurried: Server) -> None:
     assert found["choices"][0]["message"]["content"] == "The capital of France is Paris."
     assert found["usage"]["prompt_tokens_details"]["cached_tokens"] > 2300
     assert "-tp2-" in found["system_fingerprint"]
+
+
+def test_fault_tokens_come_together_where_the_profile_says_so(hurried: Server) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    body = {"messages": messages, "max_tokens": 16, "ignore_eos": True, "temperature": 0, "stream": True}
+    answer, end = Clients(hurried, key("many")).ask(body, stream_options={"include_usage": True})
+    end.result(60)
+    *events, done = answer.events()
+    choices = [choice for event in events for choice in json.loads(event)["choices"]]
+    pieces = [choice["delta"]["content"] for choice in choices if choice["delta"].get("content")]
+    assert done == "[DONE]"
+    assert "".join(pieces).startswith("The capital of France is Paris.")
+    assert len(pieces) <= 5, "the first token at once, then four at a time"
+    assert json.loads(events[-1])["usage"]["completion_tokens"] == 16
 
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "Basic Ym9yZw==", "Bearer x y"])

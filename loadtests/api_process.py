@@ -1,0 +1,166 @@
+"""What one API process carries: `python -m loadtests.api_process --intervals 1 4 8`, about 5 minutes on two cores.
+
+The demo's tokenizer and template before a model of one narrow layer with random weights, so that the API process and
+not the engine is what is busy. One server for each `engine.stream_interval`; all are started, all but one are paused,
+in the order A B C C B A. Definitions of the figures are in the report.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from borg_serve import demo, engine
+from loadtests import servers
+from loadtests.bootstrap import ratio
+from loadtests.tables import table, write
+from loadtests.throughput import measure
+
+CONFIG = "configs/demo-cpu.yaml"
+NARROW = {
+    "num_hidden_layers": 1,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+
+
+def narrow(checkpoint: Path, folder: Path) -> Path:
+    """A checkpoint without weights in a new folder: that one's tokenizer and template, and an engine with little to do.
+
+    An instance of it needs `model.load_format: dummy`.
+    """
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        if file.name not in ("config.json", "borg-manifest.json") and file.suffix != ".safetensors":
+            (folder / file.name).symlink_to(file)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | NARROW), encoding="utf-8")
+    return folder
+
+
+def settings(model: Path, interval: int, users: int) -> list[str]:
+    """The demo's profile for that checkpoint, with a place for every user."""
+    return [
+        f"model.path={model}",
+        "model.load_format=dummy",
+        "model.probe=null",
+        f"limits.concurrent={users}",
+        f"engine.max_num_seqs={users}",
+        "engine.max_num_batched_tokens=1024",
+        "engine.kv_cache_memory_bytes=1073741824",
+        f"engine.stream_interval={interval}",
+    ]
+
+
+def block(server: servers.Server, users: int, requests: int, tokens: int) -> dict[str, float]:
+    """Measure `requests` requests a user. Raises RuntimeError when one fails."""
+    before = server.cpu_s()["server"]
+    found = measure(server.url, users, users * requests, 1, tokens, None)
+    if found["failed"]:
+        raise RuntimeError(f"{server.name}: {found['failed']} of {users * requests} requests failed, see {server.log}")
+    return found | {"server_us_a_token": (server.cpu_s()["server"] - before) * 1e6 / (users * requests * tokens)}
+
+
+def run(intervals: list[int], users: int, requests: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Run the whole comparison; its JSON document."""
+    engine.prepare_environment()
+    folder = Path(tempfile.mkdtemp(prefix="borg-api-process-"))
+    model = narrow(demo.materialise(), folder / "model")
+    blocks: dict[str, list[dict[str, float]]] = {str(interval): [] for interval in intervals}
+    with ExitStack() as stack:
+        sides = {}
+        for interval in intervals:
+            port, name = servers.free_port(), f"interval-{interval}"
+            command = servers.ours(CONFIG, port, *settings(model, interval, users))
+            log = folder / f"{name}.log"
+            sides[interval] = stack.enter_context(servers.running(name, command, port, "/ready", log))
+            sides[interval].pause()
+        for turn in range(-1, rounds):  # the first turn warms up and is dropped
+            for interval in intervals if turn % 2 else reversed(intervals):
+                sides[interval].resume()
+                found = block(sides[interval], users, requests, tokens)
+                sides[interval].pause()
+                print(f"{turn:3} interval {interval}: {found}", file=sys.stderr, flush=True)
+                if turn >= 0:
+                    blocks[str(interval)].append(found)
+    return {
+        "command": f"python -m loadtests.api_process --intervals {' '.join(map(str, intervals))} --users {users} "
+        f"--requests {requests} --tokens {tokens} --rounds {rounds}",
+        "versions": {"vllm": engine.vllm_version(), "python": platform.python_version()},
+        "machine": {"processor": platform.machine(), "cores": len(os.sched_getaffinity(0))},
+        "tokens": tokens,
+        "blocks": blocks,
+    }
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The report for a person."""
+    blocks: dict[str, list[dict[str, float]]] = document["blocks"]
+    versions, machine = document["versions"], document["machine"]
+
+    def column(interval: str, key: str) -> list[float]:
+        return [found[key] for found in blocks[interval]]
+
+    first = next(iter(blocks))
+    rows = []
+    for interval in blocks:
+        cost = median(column(interval, "server_us_a_token"))
+        against = ratio(column(interval, "server_us_a_token"), column(first, "server_us_a_token"))
+        speed, ttft, tpot = (
+            median(column(interval, key)) for key in ("output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms")
+        )
+        rows.append(
+            (interval, f"{cost:.0f}", f"{1e6 / cost:,.0f}", against, f"{speed:,.0f}", f"{ttft:.0f}", f"{tpot:.1f}")
+        )
+    heads = [
+        "tokens an event",
+        "CPU, µs a token",
+        "carries, tokens/s",
+        "CPU / first row's",
+        "tokens/s",
+        "TTFT ms",
+        "TPOT ms",
+    ]
+    return "\n".join(
+        [
+            "# What one API process carries",
+            "",
+            f"`{document['command']}` on {machine['cores']} cores ({machine['processor']}), vLLM {versions['vllm']}, "
+            f"Python {versions['python']}. A model of one narrow layer with random weights behind the identity, "
+            f"streamed answers of {document['tokens']} tokens, closed loop; servers in turn, A B C C B A, "
+            f"{len(blocks[first])} blocks of each after one that is dropped. CPU: of the server's own process, for a "
+            "token, requests and their prompts included. Carries: tokens/s at which that process would keep one core "
+            "busy. Ratios of medians with 95% bootstrap intervals. The last three columns are of this machine, where "
+            "engine, server and clients share the cores.",
+            "",
+            table(heads, rows),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Measure, and write the report and its JSON twin."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--intervals", type=int, nargs="+", default=[1, 4, 8], help="tokens an event of a stream")
+    parser.add_argument("--users", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=4, help="requests a user")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=6, help="blocks of each side; at least 5")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    arguments = parser.parse_args()
+    document = run(arguments.intervals, arguments.users, arguments.requests, arguments.tokens, arguments.rounds)
+    write(arguments.out, "api-process", document, markdown(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""What measures an API process: a checkpoint with little to compute, and its report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from borg_serve import demo
+from borg_serve.config import load
+from loadtests import api_process
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+
+def test_api_process_measures_the_demos_prompts_before_a_narrow_engine(tmp_path: Path) -> None:
+    folder = api_process.narrow(demo.materialise(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["vocab_size"]) == (1, 49152)
+    assert {"tokenizer.json", "chat_template.jinja"} <= {path.name for path in folder.iterdir()}
+    assert not list(folder.glob("*.safetensors"))
+    profile = load(Path(api_process.CONFIG), api_process.settings(folder, 4, 64))
+    assert (profile.engine["stream_interval"], profile.limits.concurrent, profile.model.probe) == (4, 64, None)
+
+
+def test_api_process_report_is_what_its_measurements_make() -> None:
+    document: dict[str, Any] = json.loads((RESULTS / "api-process.json").read_text())
+    assert api_process.markdown(document) == (RESULTS / "api-process.md").read_text()
