@@ -277,17 +277,7 @@ def _kv_bytes_a_token(engine: Mapping[str, Any], tp: int) -> int:
 
 def document(found: Plan) -> dict[str, Any]:
     """The plan as JSON, with what a reader of numbers alone must know."""
-    rounded = {name: round(value, 1) for name, value in asdict(found.speed).items()}
-    numbers = asdict(found) | {"speed": rounded}
-    for name in (
-        "api_tokens_s",
-        "tokens_s",
-        "tokens_s_a_user",
-        "engine_tokens_s",
-        "tokens_s_unshared",
-        "tokens_s_apart",
-    ):
-        numbers[name] = None if numbers[name] is None else round(numbers[name], 1)
+    numbers = _rounded(asdict(found)) | {"speed": _rounded(asdict(found.speed))}
     return {"estimate": True, "model": "the merged 7B checkpoint", **numbers, "notes": notes(found)}
 
 
@@ -340,6 +330,10 @@ def text(found: Plan) -> str:
         f"{step.own_ms:.1f}, prefill {step.prefill_ms:.1f}, rest {step.rest_ms:.1f}",
     ]
     return "\n".join([*lines, *(f"  note: {note}" for note in notes(found))])
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 1) if isinstance(value, float) else value for name, value in values.items()}
 
 
 def _two_digits(value: float) -> int:
