@@ -33,7 +33,7 @@ offline() {
 
 mkdir -p "$OUT"
 export BORG_GPU_MODEL=$MODEL BORG_GPU_DEMO=${DEMO:-}
-step attention python3 -m pytest -m gpu tests/gpu/test_attention.py
+step attention python3 -m pytest -m gpu tests/gpu/test_attention.py tests/gpu/test_ids.py
 step answers python3 -m pytest -m gpu -s tests/gpu/test_answers.py
 for parts in 1 2 4; do
   step "layers-tp$parts" python3 -m loadtests.layers "$MODEL" --tensor-parallel $parts
