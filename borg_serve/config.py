@@ -78,7 +78,7 @@ class Server(Section):
     host: str = Field("127.0.0.1", examples=["127.0.0.1"])
     port: int = Field(8000, ge=0, le=65535, examples=[8000])
     processes: int = Field(1, ge=1, le=64, examples=[1])
-    """API processes over one engine; one is enough up to about 10,000 streamed tokens/s."""
+    """API processes over one engine; one is enough up to about 9,000 streamed tokens/s."""
     keys: File | None = Field(None, examples=["keys.yaml"])
     """Hashed API keys (`borg-serve key new`), relative to the profile. None: no key is asked, on loopback only."""
     tool_call_parser: str | None = Field(None, examples=["hermes"])

@@ -101,18 +101,26 @@ def writing(write: Writer) -> Writer:
     prefix = _Beginning()
     rows: set[int] = set()  # they begin with the prefix; their requests may be gone
 
-    def write_ids(row: int, start: int, ids: list[int]) -> None:
+    def beginning(ids: list[int]) -> list[int]:
         kept = prefix.values(ids)
         if not kept:
             prefix.learn(ids, ids)
-            if not (kept := prefix.values(ids)):  # prompts of another kind: an engine's first are its warm-up's
-                prefix.forget()
-                prefix.learn(ids, ids)
-                rows.clear()
-        elif start == 0 and row in rows:
+            kept = prefix.values(ids)
+        if not kept:  # prompts of another kind: an engine's first are its warm-up's
+            prefix.forget()
+            rows.clear()
+            prefix.learn(ids, ids)
+            kept = ids
+        return kept
+
+    def write_ids(row: int, start: int, ids: list[int]) -> None:
+        kept = [] if start else beginning(ids)
+        if kept and row in rows:
             write(row, len(kept), ids[len(kept) :])
             return
-        (rows.add if start == 0 and kept else rows.discard)(row)
+        rows.discard(row)
+        if kept:
+            rows.add(row)
         write(row, start, ids)
 
     return write_ids

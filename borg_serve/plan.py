@@ -71,9 +71,9 @@ TP_SHARE = 0.68
 two H200 served to 1, 64 and 256 users (docs/results/multi-gpu.md); more than two were not measured."""
 API_TOKEN_S = 47e-6
 """Time of an API process for a token, the token's part of a request included (docs/results/api-process.md)."""
-API_EVENT_S = 64e-6
-"""And for an event of a stream, which brings engine.stream_interval tokens. With one, hosts of GPUs carried as much as
-this makes, 9,000 tokens/s (8,740 to 9,030 at 256 users)."""
+API_EVENT_S = 1 / 9_000 - API_TOKEN_S
+"""And for an event of a stream, which brings engine.stream_interval tokens. With one, hosts of GPUs carried 9,000
+tokens/s (8,740 to 9,030 at 256 users)."""
 OVERHEAD_BYTES = 4 * GIB
 """Activations, CUDA graphs and the context."""
 

@@ -93,7 +93,7 @@ def remember_blocks() -> None:
 def remember_ids() -> None:
     """Make a GPU's worker write the prefix once into a row of its table of token ids. Raises EngineError if vLLM moved.
 
-    It makes a list of all ids of a step's new prompts a tensor: 0.1 ms a prompt, while the GPU waits.
+    It makes a list of all ids of a step's new prompts and a tensor of that, while the GPU waits.
     """
     from vllm.v1.worker.gpu import states
 

@@ -1,4 +1,4 @@
-"""What one API process carries: `python -m loadtests.api_process --intervals 1 4 8`, about 5 minutes on two cores.
+"""What one API process carries: `python -m loadtests.api_process`, about 6 minutes on two cores.
 
 The demo's tokenizer and template before a model of one narrow layer with random weights, so that the API process and
 not the engine is what is busy. One server for each `engine.stream_interval`; all are started, all but one are paused,
@@ -11,12 +11,14 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from borg_serve import demo, engine
+from borg_serve.manifest import MANIFEST_FILE
 from loadtests import servers
 from loadtests.bootstrap import ratio
 from loadtests.tables import table, write
@@ -33,22 +35,19 @@ NARROW = {
 }
 
 
-def narrow(checkpoint: Path, folder: Path) -> Path:
-    """A checkpoint without weights in a new folder: that one's tokenizer and template, and an engine with little to do.
-
-    An instance of it needs `model.load_format: dummy`.
-    """
+def reshaped(checkpoint: Path, folder: Path, shape: Mapping[str, object]) -> Path:
+    """A checkpoint without weights in a new folder: that one's tokenizer and template, and another shape of model."""
     folder.mkdir()
     for file in checkpoint.iterdir():
-        if file.name not in ("config.json", "borg-manifest.json") and file.suffix != ".safetensors":
+        if file.name not in ("config.json", MANIFEST_FILE) and file.suffix != ".safetensors":
             (folder / file.name).symlink_to(file)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | NARROW), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({**config, **shape}), encoding="utf-8")
     return folder
 
 
 def settings(model: Path, interval: int, users: int) -> list[str]:
-    """The demo's profile for that checkpoint, with a place for every user."""
+    """The demo's profile for a checkpoint without weights, with a place for every user."""
     return [
         f"model.path={model}",
         "model.load_format=dummy",
@@ -74,7 +73,7 @@ def run(intervals: list[int], users: int, requests: int, tokens: int, rounds: in
     """Run the whole comparison; its JSON document."""
     engine.prepare_environment()
     folder = Path(tempfile.mkdtemp(prefix="borg-api-process-"))
-    model = narrow(demo.materialise(), folder / "model")
+    model = reshaped(demo.materialise(), folder / "model", NARROW)
     blocks: dict[str, list[dict[str, float]]] = {str(interval): [] for interval in intervals}
     with ExitStack() as stack:
         sides = {}
@@ -151,7 +150,7 @@ def markdown(document: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, and write the report and its JSON twin."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--intervals", type=int, nargs="+", default=[1, 4, 8], help="tokens an event of a stream")
+    parser.add_argument("--intervals", type=int, nargs="+", default=[1, 2, 4, 8], help="tokens an event of a stream")
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--requests", type=int, default=4, help="requests a user")
     parser.add_argument("--tokens", type=int, default=128)

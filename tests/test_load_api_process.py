@@ -4,19 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from borg_serve import demo
 from borg_serve.config import load
+from borg_serve.manifest import MANIFEST_FILE
 from loadtests import api_process
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
-def test_api_process_measures_the_demos_prompts_before_a_narrow_engine(tmp_path: Path) -> None:
-    folder = api_process.narrow(demo.materialise(), tmp_path / "model")
+def test_api_process_measures_a_checkpoints_prompts_before_a_narrow_engine(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "config.json").write_text('{"vocab_size": 49152, "num_hidden_layers": 30}')
+    for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors", MANIFEST_FILE):
+        (given / name).write_text(name)
+    folder = api_process.reshaped(given, tmp_path / "model", api_process.NARROW)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer.json", "chat_template.jinja"}
     config = json.loads((folder / "config.json").read_text())
     assert (config["num_hidden_layers"], config["vocab_size"]) == (1, 49152)
-    assert {"tokenizer.json", "chat_template.jinja"} <= {path.name for path in folder.iterdir()}
-    assert not list(folder.glob("*.safetensors"))
     profile = load(Path(api_process.CONFIG), api_process.settings(folder, 4, 64))
     assert (profile.engine["stream_interval"], profile.limits.concurrent, profile.model.probe) == (4, 64, None)
 

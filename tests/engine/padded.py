@@ -11,21 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from borg_serve.checkpoint import write_manifest
-from borg_serve.manifest import MANIFEST_FILE
+from loadtests.api_process import reshaped
 
 HEADS, KV_HEADS, HEAD_DIM = 12, 4, 64
 
 
 def pad(checkpoint: Path, folder: Path) -> Path:
     """Write the padded checkpoint, with a manifest of its own, to a new folder."""
-    folder.mkdir()
-    for file in checkpoint.iterdir():
-        if file.name not in {"config.json", MANIFEST_FILE} and file.suffix != ".safetensors":
-            (folder / file.name).symlink_to(file)
     config = json.loads((checkpoint / "config.json").read_text())
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (9, 3, HEAD_DIM)
-    config |= {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
-    (folder / "config.json").write_text(json.dumps(config))
+    reshaped(checkpoint, folder, {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS})
     (weights,) = checkpoint.glob("*.safetensors")
     tensors = {name: _padded(name, tensor) for name, tensor in load_file(weights).items()}
     save_file(tensors, folder / weights.name, {"format": "pt"})
