@@ -86,6 +86,7 @@ class Arguments(BaseModel):
 def build(args: Arguments) -> Application:
     """The Ray Serve application of a profile. Raises ConfigError; starts nothing."""
     sets = [f"{key}={json.dumps(value)}" for key, value in args.set.items()]
+    sets.append("server.processes=1")  # a replica is one API process: all places of its engine are its own
     return compose(load(Path(args.profile), sets, engine.field_problems), BorgServer)
 
 

@@ -28,10 +28,10 @@ SETTINGS=(model.path="$MODEL" model.load_format=dummy model.dtype=bfloat16)
 read -ra more <<< "${MORE:-}"
 SETTINGS+=("${more[@]}")
 
-# measure NAME USERS COMMAND...: start a server, measure it REPEATS times after a warm-up, end it with its processes.
+# measure NAME REPLICAS USERS COMMAND...: start a server, measure it REPEATS times after a warm-up, end it with its processes.
 measure() {
-  local name=$1 users=$2 line repeat
-  shift 2
+  local name=$1 replicas=$2 users=$3 line repeat
+  shift 3
   [[ "$ONLY" = "  " || "$ONLY" = *" $name "* ]] || return 0
   echo "+ $name: $*"
   echo "+ $name: python3 -m loadtests.throughput http://127.0.0.1:$PORT --users $users --processes 8"
@@ -41,7 +41,7 @@ measure() {
   server=$!
   trap finish EXIT
   begin=$SECONDS
-  until curl -sf "http://127.0.0.1:$PORT/ready" > /dev/null; do
+  until curl -sf "http://127.0.0.1:$PORT/ready" > /dev/null && (($(answering) >= replicas)); do
     if ! kill -0 $server || ((SECONDS - begin > READY_S)); then
       echo "$name: not ready, see $OUT/$name.log" | tee -a "$OUT/multi-gpu.txt"
       failed=1
@@ -58,6 +58,11 @@ measure() {
     done
   done
   finish
+}
+
+# answering: how many replicas answer. The first one is ready before the others; a server that is no replica counts too.
+answering() {
+  for _ in {1..20}; do curl -sf "http://127.0.0.1:$PORT/version" && echo; done | sort -u | wc -l
 }
 
 # finish: end the server, and what Ray leaves behind: HAProxy would keep the port.
@@ -93,14 +98,14 @@ for tp in 1 2 4; do
   for attention in stock shared; do
     words=(--config "configs/${PROFILE[tp]}.yaml" --set "server.port=$PORT" --set "identity.attention=$attention")
     for item in "${SETTINGS[@]}"; do words+=(--set "$item"); done
-    measure "tp$tp-$attention" "1 64 256" python3 -m borg_serve serve "${words[@]}"
+    measure "tp$tp-$attention" 1 "1 64 256" python3 -m borg_serve serve "${words[@]}"
   done
   deployment "$OUT/ray-tp$tp.yaml" $tp 1
-  measure "ray-tp$tp" "1 64 256" serve run "$OUT/ray-tp$tp.yaml"
+  measure "ray-tp$tp" 1 "1 64 256" serve run "$OUT/ray-tp$tp.yaml"
 done
 for replicas in 2 4 8; do
   ((replicas <= GPUS)) || continue
   deployment "$OUT/replicas-$replicas.yaml" 1 $replicas
-  measure "replicas-$replicas" "1 $((64 * replicas)) $((256 * replicas))" serve run "$OUT/replicas-$replicas.yaml"
+  measure "replicas-$replicas" $replicas "1 $((64 * replicas)) $((256 * replicas))" serve run "$OUT/replicas-$replicas.yaml"
 done
 exit $failed

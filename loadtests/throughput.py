@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import random
 import time
+from collections import Counter
 from statistics import median, quantiles
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ async def one(host: str, port: int, request: dict[str, Any]) -> tuple[float, flo
     writer.write(head.encode() + f"Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
     first = 0.0
     last = b""
+    status = (await reader.readline()).decode("latin-1").strip()
     async for line in reader:
         if line.startswith(b"data: {"):
             if not first and FIRST in line and b'"content":""' not in line:
@@ -40,26 +42,27 @@ async def one(host: str, port: int, request: dict[str, Any]) -> tuple[float, flo
     end = time.perf_counter() - begin
     writer.close()
     if not last or not first:
-        raise RuntimeError("a stream ended without its usage")
+        raise RuntimeError(f"without an answer's end: {status}")
     return first, end, json.loads(last[6:])["usage"]["completion_tokens"]
 
 
 async def users(host: str, port: int, count: int, requests: int, seed: int, tokens: int, system: str | None) -> Any:
-    """`count` users who share `requests` requests; ([TTFT], [TPOT], output tokens, failures), in seconds."""
+    """`count` users who share `requests` requests; ([TTFT], [TPOT], output tokens, why others failed), in seconds."""
     rng = random.Random(seed)
     left = list(range(requests))
     ttft: list[float] = []
     tpot: list[float] = []
-    total = failed = 0
+    total = 0
+    failed: Counter[str] = Counter()
 
     async def user() -> None:
-        nonlocal total, failed
+        nonlocal total
         while left:
             left.pop()
             try:
                 first, end, n = await one(host, port, body(rng, tokens, system, words=90))
-            except (OSError, RuntimeError):
-                failed += 1
+            except (OSError, RuntimeError) as error:
+                failed[str(error)] += 1
                 continue
             ttft.append(first)
             tpot.append((end - first) / max(1, n - 1))
@@ -89,10 +92,12 @@ def measure(url: str, count: int, requests: int, processes: int, tokens: int, sy
         elapsed = time.perf_counter() - begin
     ttft = [value * 1e3 for values, *_ in results for value in values]
     tpot = [value * 1e3 for _, values, *_ in results for value in values]
+    failed = sum((why for *_, why in results), Counter[str]())
     return {
         "users": count,
         "requests": len(ttft),
-        "failed": sum(failed for *_, failed in results),
+        "failed": failed.total(),
+        **({"why": dict(failed)} if failed else {}),
         "output_tokens_per_s": round(sum(total for *_, total, _ in results) / elapsed, 1),
         "ttft_p50_ms": round(median(ttft), 1),
         "ttft_p99_ms": round(quantiles(ttft, n=100)[98], 1),

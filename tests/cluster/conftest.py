@@ -39,6 +39,7 @@ GENTLE = {
     "limits.deadline_s": 180,
     "limits.stall_s": 60,
     "engine.kv_cache_memory_bytes": 1 << 30,
+    "server.processes": 4,  # for one machine: a replica has one, and all places
     **workers.SETTINGS,
 }
 FIRST_PORT = 31000

@@ -69,6 +69,11 @@ def test_cluster_replicas_are_identical(cluster: Cluster) -> None:
     assert first.version["identity"] == second.version["identity"]
 
 
+def test_cluster_replicas_have_all_places_of_their_engines(cluster: Cluster) -> None:
+    for replica in cluster.replicas():
+        assert "borg_places 16.0" in LOOK.get(f"{replica.url}/metrics", timeout=30).text
+
+
 def test_cluster_keeps_a_conversation_where_its_cache_is(cluster: Cluster) -> None:
     for number in range(4):
         headers = {"x-session-id": f"session-{number}"}

@@ -1,5 +1,6 @@
 """The scripts for hosts with GPUs, as far as can be told without one, and what they measure with."""
 
+import asyncio
 import itertools
 import os
 import shlex
@@ -104,3 +105,16 @@ def test_throughput_counts_what_was_answered(tmp_path: Path) -> None:
         found = throughput.measure(known.url, 1, 3, 8, 5, None)
     assert (found["users"], found["requests"], found["failed"]) == (1, 3, 0)
     assert min(found["ttft_p50_ms"], found["tpot_p50_ms"], found["output_tokens_per_s"]) > 0
+
+
+async def test_throughput_says_why_a_request_failed() -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 503 Service Unavailable\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        ttft, _, tokens, failed = await throughput.users("127.0.0.1", port, 1, 2, 0, 5, None)
+    assert (ttft, tokens) == ([], 0)
+    assert failed == {"without an answer's end: HTTP/1.1 503 Service Unavailable": 2}
