@@ -66,10 +66,13 @@ DEFAULT_SEQS = 256
 """`max_num_seqs` of vLLM's server where a profile names none."""
 FLUSH_S = 0.1
 """For the last bytes of the answers to leave the process; until it ends, it refuses what still reaches it."""
+QUIET = {"enable_access_log": False}
+"""Serve's logging: the gate writes a line for every request already."""
 LOOK_S = 2.0
 """How often Serve asks a replica for its health: a lost engine has ended its replica by itself long before."""
-STATS_S = 1.0
-"""How often the router learns of each replica's load."""
+STATS_S = 0.5
+"""How often the router learns of each replica's load, where Serve's control loop is as quick. With 1 s, replicas that
+were all but full refused some requests while another one had a place (docs/results/multi-gpu.md)."""
 
 
 class Arguments(BaseModel):
@@ -100,7 +103,9 @@ def compose(config: Config, replica: "type[BorgServer]") -> Application:
         deployment_cls=replica,
     )
     # The new router is there before the old one goes: without one nothing can be routed.
-    surge = serve.deployment(max_ongoing_requests=1000, max_surge_percent=100, ray_actor_options={"num_cpus": 0})
+    surge = serve.deployment(
+        max_ongoing_requests=1000, max_surge_percent=100, ray_actor_options={"num_cpus": 0}, logging_config=QUIET
+    )
     router = surge(LLMRouter).bind(server=server)
     return server._with_ingress_request_router(router)
 
@@ -129,6 +134,7 @@ def serve_config(
         accelerator_config={"kind": "cpu" if on_cpu else "gpu"},
         placement_group_config={"bundle_per_worker": worker, "strategy": strategy},
         deployment_config=deployment,
+        log_engine_metrics=False,  # mirror.py shows them
         runtime_env={"env_vars": environment(config)},
     )
 
@@ -168,6 +174,7 @@ def options(config: Config) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": config.server.drain_s + 10,
         "graceful_shutdown_wait_loop_s": 1,
         "ray_actor_options": {"num_cpus": 0},
+        "logging_config": QUIET,
         "request_router_config": RequestRouterConfig.model_validate(
             {
                 "request_router_class": "borg_serve.routing:ConversationRouter",

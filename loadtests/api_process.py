@@ -1,8 +1,8 @@
 """What one API process carries: `python -m loadtests.api_process`, about 6 minutes on two cores.
 
 The demo's tokenizer and template before a model of one narrow layer with random weights, so that the API process and
-not the engine is what is busy. One server for each `engine.stream_interval`; all are started, all but one are paused,
-in the order A B C C B A. Definitions of the figures are in the report.
+not the engine is what is busy. One server for each `engine.stream_interval`, and a replica of Ray Serve; all are
+started, all but one are paused, in the order A B C C B A. Definitions of the figures are in the report.
 """
 
 import argparse
@@ -11,16 +11,17 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from borg_serve import demo, engine
+from borg_serve.config import load
 from borg_serve.manifest import MANIFEST_FILE
-from loadtests import servers
 from loadtests.bootstrap import ratio
+from loadtests.contenders import Running, contenders
 from loadtests.tables import table, write
 from loadtests.throughput import measure
 
@@ -60,40 +61,56 @@ def settings(model: Path, interval: int, users: int) -> list[str]:
     ]
 
 
-def block(server: servers.Server, users: int, requests: int, tokens: int) -> dict[str, float]:
+def sides(
+    model: Path, intervals: list[int], on_ray: list[int], users: int, folder: Path
+) -> dict[str, Callable[[], AbstractContextManager[Running]]]:
+    """What starts the server of each row of the report; its log goes to a folder of its own."""
+    found = {}
+    rows = [(str(interval), "ours", interval) for interval in intervals]
+    rows += [(f"{interval}, on Ray", "ray-ours", interval) for interval in on_ray]
+    for name, contender, interval in rows:
+        sets = settings(model, interval, users)
+        place = folder / f"{contender}-{interval}"
+        place.mkdir()
+        (found[name],) = (
+            one.start for one in contenders(load(Path(CONFIG), sets), place, sets) if one.name == contender
+        )
+    return found
+
+
+def block(server: Running, users: int, requests: int, tokens: int) -> dict[str, float]:
     """Measure `requests` requests a user. Raises RuntimeError when one fails."""
-    before = server.cpu_s()["server"]
+    before = server.cpu_s()["door"]
     found = measure(server.url, users, users * requests, 1, tokens, None)
     if found["failed"]:
-        raise RuntimeError(f"{server.name}: {found['failed']} of {users * requests} requests failed, see {server.log}")
-    return found | {"server_us_a_token": (server.cpu_s()["server"] - before) * 1e6 / (users * requests * tokens)}
+        raise RuntimeError(f"{found['failed']} of {users * requests} requests failed: {found['why']}")
+    return found | {"server_us_a_token": (server.cpu_s()["door"] - before) * 1e6 / (users * requests * tokens)}
 
 
-def run(intervals: list[int], users: int, requests: int, tokens: int, rounds: int) -> dict[str, Any]:
+def run(intervals: list[int], on_ray: list[int], users: int, requests: int, tokens: int, rounds: int) -> dict[str, Any]:
     """Run the whole comparison; its JSON document."""
     engine.prepare_environment()
     folder = Path(tempfile.mkdtemp(prefix="borg-api-process-"))
     model = reshaped(demo.materialise(), folder / "model", NARROW)
-    blocks: dict[str, list[dict[str, float]]] = {str(interval): [] for interval in intervals}
+    starts = sides(model, intervals, on_ray, users, folder)
+    blocks: dict[str, list[dict[str, float]]] = {name: [] for name in starts}
     with ExitStack() as stack:
-        sides = {}
-        for interval in intervals:
-            port, name = servers.free_port(), f"interval-{interval}"
-            command = servers.ours(CONFIG, port, *settings(model, interval, users))
-            log = folder / f"{name}.log"
-            sides[interval] = stack.enter_context(servers.running(name, command, port, "/ready", log))
-            sides[interval].pause()
+        running = {}
+        for name, start in starts.items():
+            running[name] = stack.enter_context(start())
+            running[name].pause()
         for turn in range(-1, rounds):  # the first turn warms up and is dropped
-            for interval in intervals if turn % 2 else reversed(intervals):
-                sides[interval].resume()
-                found = block(sides[interval], users, requests, tokens)
-                sides[interval].pause()
-                print(f"{turn:3} interval {interval}: {found}", file=sys.stderr, flush=True)
+            for name in running if turn % 2 else reversed(running):
+                running[name].resume()
+                found = block(running[name], users, requests, tokens)
+                running[name].pause()
+                print(f"{turn:3} {name}: {found}", file=sys.stderr, flush=True)
                 if turn >= 0:
-                    blocks[str(interval)].append(found)
+                    blocks[name].append(found)
+    on_ray_words = f" --on-ray {' '.join(map(str, on_ray))}" if on_ray else ""
     return {
-        "command": f"python -m loadtests.api_process --intervals {' '.join(map(str, intervals))} --users {users} "
-        f"--requests {requests} --tokens {tokens} --rounds {rounds}",
+        "command": f"python -m loadtests.api_process --intervals {' '.join(map(str, intervals))}{on_ray_words} "
+        f"--users {users} --requests {requests} --tokens {tokens} --rounds {rounds}",
         "versions": {"vllm": engine.vllm_version(), "python": platform.python_version()},
         "machine": {"processor": platform.machine(), "cores": len(os.sched_getaffinity(0))},
         "tokens": tokens,
@@ -151,14 +168,17 @@ def main() -> None:
     """Measure, and write the report and its JSON twin."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--intervals", type=int, nargs="+", default=[1, 2, 4, 8], help="tokens an event of a stream")
+    parser.add_argument("--on-ray", type=int, nargs="*", default=[4], help="the same, of a replica of Ray Serve")
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--requests", type=int, default=4, help="requests a user")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=6, help="blocks of each side; at least 5")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     arguments = parser.parse_args()
-    document = run(arguments.intervals, arguments.users, arguments.requests, arguments.tokens, arguments.rounds)
-    write(arguments.out, "api-process", document, markdown(document))
+    words = vars(arguments).copy()
+    out = words.pop("out")
+    document = run(**words)
+    write(out, "api-process", document, markdown(document))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,21 @@ from loadtests import servers
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # Ray makes every look at a server a line
 
-__all__ = ["ALIKE", "application", "direct", "end", "family", "ports", "running"]
+__all__ = ["ALIKE", "TUNED", "application", "direct", "end", "family", "ports", "running"]
 
 MARK = "BORG_LOADTEST_CLUSTER"
 FIRST_PORT = 31200
 PORTS = 100
 """Replicas listen from here on, those of other clusters of this machine as well; below the ports of connections."""
 READY_S = 600.0
+TUNED = {
+    # of HAProxy: a body that the gate takes (limits.body_bytes) and its headers. Ray's own is 8 MiB
+    "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str((1 << 20) + (1 << 16)),
+    # no second thread in a replica and in the router: each message would go from one to the other
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+"""What differs from Ray's own settings on the way to a replica; what it gains is in docs/results/router-capacity.md."""
 ALIKE = {
     "RAY_worker_niceness": "0",  # Ray's own, 15, starves replicas where clients share the machine
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -71,6 +79,7 @@ def direct(first_port: int = FIRST_PORT) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
         "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
+        **TUNED,
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),

@@ -11,7 +11,28 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
+from borg_serve.plan import GPUS, Gpu
+
 LAYERS = 8
+HEADS, KV_HEADS, HEAD_DIM = 28, 4, 128
+"""Of the merged 7B checkpoint."""
+
+
+def roofline_us(gpu: Gpu, read: int, looked_at: int, parts: int = 1, element_bytes: int = 2) -> float:
+    """Microseconds below which no kernel can be, by the maker's figures.
+
+    `read`: tokens whose keys and values come from memory; `looked_at`: pairs of a token and one that it looks at.
+    """
+    memory_s = read * 2 * KV_HEADS // parts * HEAD_DIM * element_bytes / gpu.bytes_s
+    arithmetic_s = looked_at * 4 * HEADS // parts * HEAD_DIM / (gpu.flop_s * (2 if element_bytes == 1 else 1))
+    return round(1e6 * max(memory_s, arithmetic_s), 1)
+
+
+def rooflines(gpu: Gpu, batch: int, prefix: int, own: int, parts: int = 1, element_bytes: int = 2) -> dict[str, float]:
+    """Of each case: every row reads the prefix for itself, all read it once, there is none."""
+    cases = {"stock": batch * (prefix + own), "shared": prefix + batch * own, "no_prefix": batch * own}
+    looked_at = {name: batch * (own if name == "no_prefix" else prefix + own) for name in cases}
+    return {name: roofline_us(gpu, read, looked_at[name], parts, element_bytes) for name, read in cases.items()}
 
 
 def microseconds(work: Callable[[], Any], repeats: int = 30) -> float:
@@ -48,6 +69,7 @@ def main() -> None:
     parser.add_argument(
         "--tensor-parallel", type=int, default=1, help="GPUs that share the layer's heads; one is timed"
     )
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="whose roofline to show beside it")
     parser.add_argument("--fp8", action="store_true", help="FP8 queries and KV cache")
     parser.add_argument("--splits", type=int, help="parts that the second pass may cut a row into")
     arguments = parser.parse_args()
@@ -59,7 +81,7 @@ def main() -> None:
     attention.MIN_READS = 1
     attention.OWN_SPLITS = arguments.splits or attention.OWN_SPLITS
     parts = arguments.tensor_parallel
-    shape = Shape(28 // parts, 4 // parts, prefix=arguments.prefix, block=arguments.block, fp8=arguments.fp8)
+    shape = Shape(HEADS // parts, KV_HEADS // parts, prefix=arguments.prefix, block=arguments.block, fp8=arguments.fp8)
     config = shape.config(arguments.model)
     backends = {"stock": Backend(shape, config, False), "shared": Backend(shape, config, True)}
 
@@ -76,7 +98,10 @@ def main() -> None:
         row = {"batch": batch, "kv_heads": shape.kv_heads, "block": shape.block, "fp8": shape.fp8, "own": arguments.own}
         row["splits"] = attention.OWN_SPLITS
         row |= {f"{name}_us": timed(each, given) for name, each in backends.items()}
-        print(json.dumps(row | {"no_prefix_us": timed(backends["stock"], bare)}), flush=True)
+        row["no_prefix_us"] = timed(backends["stock"], bare)
+        size = 1 if arguments.fp8 else 2
+        row["roofline_us"] = rooflines(GPUS[arguments.gpu], batch, shape.prefix, arguments.own, parts, size)
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

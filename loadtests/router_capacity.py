@@ -1,4 +1,4 @@
-"""How many requests the way to a replica carries: `python -m loadtests.router_capacity`, about 6 minutes on two cores.
+"""How many requests the way to a replica carries: `python -m loadtests.router_capacity`, about 7 minutes on two cores.
 
 HAProxy, our router and the whole gate are real; behind the gate an application that only sleeps stands for the engine,
 here and nowhere else. Users ask one short request after another; the figure is requests/s, with who used the CPU.
@@ -34,7 +34,8 @@ from borg_serve.server import log, make_gate
 from loadtests import clusters
 from loadtests.tables import table, write
 
-REPLICAS = (1, 2, 4)
+ROWS = ((1, False), (1, True), (2, True), (4, True))
+"""Replicas, and whether the way to them has our settings (clusters.TUNED)."""
 USERS = 64
 SLEEP_S = 0.05
 DOCUMENT = {
@@ -132,10 +133,11 @@ def cpu(processes: list[psutil.Process]) -> dict[str, float]:
     return found
 
 
-def measure(replicas: int, rounds: int, seconds: float, folder: Path) -> dict[str, Any]:
+def measure(replicas: int, tuned: bool, rounds: int, seconds: float, folder: Path) -> dict[str, Any]:
     """One cluster; requests/s of each round, and CPU milliseconds a request by group over all of them."""
+    more = {name: value for name, value in clusters.direct().items() if tuned or name not in clusters.TUNED}
     application = clusters.application(replicas) | {"import_path": "loadtests.router_capacity:build"}
-    with clusters.running(f"sleeping-{replicas}", application, folder, clusters.direct()) as server:
+    with clusters.running(f"sleeping-{replicas}", application, folder, more) as server:
         while len(clusters.ports(server)) < replicas:
             time.sleep(1)
         asyncio.run(users(server.url, 3))  # connections and caches are there
@@ -147,8 +149,12 @@ def measure(replicas: int, rounds: int, seconds: float, folder: Path) -> dict[st
             total += answers
         after = cpu(clusters.family(server))
         spent = {group: round(1e3 * (after[group] - before.get(group, 0.0)) / total, 3) for group in after}
-    print(f"{replicas} replicas: {[round(rate) for rate in rates]} requests/s, {spent}", file=sys.stderr, flush=True)
-    return {"replicas": replicas, "requests_per_s": rates, "cpu_ms_a_request": spent}
+    print(
+        f"{replicas} replicas, tuned {tuned}: {[round(rate) for rate in rates]} requests/s, {spent}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return {"replicas": replicas, "tuned": tuned, "requests_per_s": rates, "cpu_ms_a_request": spent}
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -156,7 +162,7 @@ def markdown(document: dict[str, Any]) -> str:
     groups = sorted({group for row in document["rows"] for group in row["cpu_ms_a_request"]})
     rows = [
         (
-            row["replicas"],
+            row["replicas"] if row["tuned"] else f"{row['replicas']}, Ray's own settings",
             f"{median(row['requests_per_s']):.0f}",
             f"{min(row['requests_per_s']):.0f}-{max(row['requests_per_s']):.0f}",
             *(f"{row['cpu_ms_a_request'].get(group, 0):.2f}" for group in groups),
@@ -188,7 +194,7 @@ def main() -> None:
     arguments = parser.parse_args()
     engine.prepare_environment()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(count, arguments.rounds, arguments.seconds, Path(folder)) for count in REPLICAS]
+        rows = [measure(*row, arguments.rounds, arguments.seconds, Path(folder)) for row in ROWS]
     document = {
         "command": f"python -m loadtests.router_capacity --rounds {arguments.rounds} --seconds {arguments.seconds:g}",
         "cores": len(os.sched_getaffinity(0)),

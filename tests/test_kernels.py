@@ -1,4 +1,4 @@
-"""loadtests/kernels.py on a trace written by hand in the profiler's format."""
+"""loadtests/kernels.py on a trace written by hand in the profiler's format, and the rooflines of layers.py."""
 
 import gzip
 import json
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtests import kernels
+from borg_serve import plan
+from loadtests import kernels, layers
 
 
 def event(cat: str, name: str, begin: float, length: float, stream: int = 7) -> dict[str, object]:
@@ -83,3 +84,16 @@ def test_summary_by_kind_of_step(trace: Path) -> None:
 )
 def test_kinds(kernel: str, expected: str) -> None:
     assert kernels.kind(kernel) == expected
+
+
+def test_roofline_is_memory_for_few_rows_and_arithmetic_where_many_look_at_the_same() -> None:
+    gpu = plan.GPUS["h100"]
+    found = layers.rooflines(gpu, 256, 2048, 164)
+    bytes_a_token = 2 * 4 * 128 * 2
+    assert found["no_prefix"] == pytest.approx(256 * 164 * bytes_a_token / 3.35e12 * 1e6, abs=0.1)
+    assert found["stock"] == pytest.approx(256 * (2048 + 164) * bytes_a_token / 3.35e12 * 1e6, abs=0.1)
+    assert found["no_prefix"] < found["shared"] < found["no_prefix"] + 2
+    assert layers.roofline_us(gpu, 1, 10**9) == pytest.approx(10**9 * 4 * 28 * 128 / 990e12 * 1e6, abs=0.1)
+    assert layers.rooflines(gpu, 64, 2048, 164, parts=2)["stock"] == pytest.approx(
+        layers.rooflines(gpu, 64, 2048, 164)["stock"] / 2, abs=0.1
+    )
