@@ -74,6 +74,10 @@ API_TOKEN_S = 47e-6
 API_EVENT_S = 1 / 9_000 - API_TOKEN_S
 """And for an event of a stream, which brings engine.stream_interval tokens. With one, hosts of GPUs carried 9,000
 tokens/s (8,740 to 9,030 at 256 users)."""
+REPLICA_SHARE = 0.7
+"""What a replica of Ray Serve reaches of what its engine and its API process could make. Chosen to come near the 7,570
+and 11,220 tokens/s that one on an H200 served to 64 and 256 users, and the 13,470 and 19,650 of two with as many each
+(docs/results/multi-gpu.md), before the way to it was made shorter."""
 OVERHEAD_BYTES = 4 * GIB
 """Activations, CUDA graphs and the context."""
 
@@ -155,11 +159,12 @@ def plan(
     reached = speed(device, batch, context_tokens, engine, tp, load)
     unshared = speed(device, batch, context_tokens, engine, tp, load, shared=False)
     carried = api_tokens_s(engine) * api_processes
-    total = min(reached.tokens_s, carried) * users / batch
+    share = REPLICA_SHARE if replicas > 1 else 1.0
+    total = min(reached.tokens_s, carried) * share * users / batch
     apart = None
     if tp > 1 and _memory(device, engine, 1).users(context_tokens) >= (own := math.ceil(users / (replicas * tp))):
         alone = speed(device, own, context_tokens, engine, 1, load)
-        apart = min(alone.tokens_s, api_tokens_s(engine)) * users / own
+        apart = min(alone.tokens_s, api_tokens_s(engine)) * REPLICA_SHARE * users / own
     return Plan(
         gpu=device.name,
         users=users,
@@ -176,7 +181,7 @@ def plan(
         tokens_s=total,
         tokens_s_a_user=total / users,
         engine_tokens_s=reached.tokens_s,
-        tokens_s_unshared=min(unshared.tokens_s, carried) * users / batch,
+        tokens_s_unshared=min(unshared.tokens_s, carried) * share * users / batch,
         tokens_s_apart=apart,
         speed=reached,
     )
@@ -295,6 +300,7 @@ def notes(found: Plan) -> list[str]:
             "replicas with fewer users each would be faster."
         )
     if found.replicas > 1:
+        said.append(f"Behind Ray Serve a replica is counted on to make {REPLICA_SHARE:.0%} of what its engine could.")
         said.append(
             "Each replica keeps the KV of its own users. Requests of one conversation go to one replica (by the header "
             "x-session-id, else by the conversation's first message), so that a later turn is computed only from where "

@@ -1,7 +1,7 @@
 """What one API process carries: `python -m loadtests.api_process`, about 6 minutes on two cores.
 
 The demo's tokenizer and template before a model of one narrow layer with random weights, so that the API process and
-not the engine is what is busy. One server for each `engine.stream_interval`, and a replica of Ray Serve; all are
+not the engine is what is busy. One server for each `engine.stream_interval`, or a replica of Ray Serve; all are
 started, all but one are paused, in the order A B C C B A. Definitions of the figures are in the report.
 """
 
@@ -168,17 +168,20 @@ def main() -> None:
     """Measure, and write the report and its JSON twin."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--intervals", type=int, nargs="+", default=[1, 2, 4, 8], help="tokens an event of a stream")
-    parser.add_argument("--on-ray", type=int, nargs="*", default=[4], help="the same, of a replica of Ray Serve")
+    parser.add_argument("--on-ray", type=int, nargs="*", default=[], help="the same, of a replica of Ray Serve")
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--requests", type=int, default=4, help="requests a user")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=6, help="blocks of each side; at least 5")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--name", default="api-process", help="of the report")
     arguments = parser.parse_args()
     words = vars(arguments).copy()
-    out = words.pop("out")
+    out, name = words.pop("out"), words.pop("name")
     document = run(**words)
-    write(out, "api-process", document, markdown(document))
+    if name != "api-process":
+        document["command"] += f" --name {name}"
+    write(out, name, document, markdown(document))
 
 
 if __name__ == "__main__":

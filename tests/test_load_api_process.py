@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from borg_serve.config import load
 from borg_serve.manifest import MANIFEST_FILE
 from loadtests import api_process
@@ -25,6 +27,7 @@ def test_api_process_measures_a_checkpoints_prompts_before_a_narrow_engine(tmp_p
     assert (profile.engine["stream_interval"], profile.limits.concurrent, profile.model.probe) == (4, 64, None)
 
 
-def test_api_process_report_is_what_its_measurements_make() -> None:
-    document: dict[str, Any] = json.loads((RESULTS / "api-process.json").read_text())
-    assert api_process.markdown(document) == (RESULTS / "api-process.md").read_text()
+@pytest.mark.parametrize("name", ["api-process", "api-process-ray"])
+def test_api_process_report_is_what_its_measurements_make(name: str) -> None:
+    document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    assert api_process.markdown(document) == (RESULTS / f"{name}.md").read_text()

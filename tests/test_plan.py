@@ -13,7 +13,20 @@ from hypothesis import strategies as st
 from borg_serve import cli
 from borg_serve.config import load
 from borg_serve.errors import ConfigError
-from borg_serve.plan import GPUS, IDENTITY_TOKENS, Gpu, Plan, Workload, api_tokens_s, document, notes, plan, speed, text
+from borg_serve.plan import (
+    GPUS,
+    IDENTITY_TOKENS,
+    REPLICA_SHARE,
+    Gpu,
+    Plan,
+    Workload,
+    api_tokens_s,
+    document,
+    notes,
+    plan,
+    speed,
+    text,
+)
 
 H100 = GPUS["h100"]
 STOCK_H100 = replace(H100, two_passes=False)
@@ -110,10 +123,24 @@ def test_plan_of_many_users_spreads_them_evenly_and_tells_of_conversations() -> 
 def test_plan_never_promises_more_than_the_api_processes_carry() -> None:
     found = plan("h100", 2_560, 2_400, ENGINE, processes=4)
     assert found.engine_tokens_s > 9_000
-    assert found.tokens_s == pytest.approx(9_000 * found.replicas)
+    assert found.tokens_s == pytest.approx(9_000 * REPLICA_SHARE * found.replicas)
     assert any("API processes" in note for note in notes(found))
     fewer_events = plan("h100", 2_560, 2_400, {**ENGINE, "stream_interval": 4}, processes=4)
-    assert fewer_events.tokens_s == pytest.approx(api_tokens_s({"stream_interval": 4}) * found.replicas)
+    carried = api_tokens_s({"stream_interval": 4})
+    assert fewer_events.tokens_s == pytest.approx(carried * REPLICA_SHARE * found.replicas)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "users", "repeats"),
+    [(1, 64, "7,369 · 7,769"), (1, 256, "10,536 · 11,902"), (2, 128, "13,584 · 13,352"), (2, 512, "20,099 · 19,209")],
+)
+def test_plan_gives_the_tokens_that_replicas_served(replicas: int, users: int, repeats: str) -> None:
+    assert repeats in (RESULTS / "multi-gpu.md").read_text(encoding="utf-8")
+    measured = mean(float(value.replace(",", "")) for value in repeats.split(" · "))
+    engine = {**ENGINE, "stream_interval": 4, "max_num_seqs": users // replicas}
+    found = plan("h200", users * 2 // replicas, IDENTITY_TOKENS + 120 + 64, engine)
+    assert found.replicas == 2, "one behind Ray Serve is planned as half of two"
+    assert found.tokens_s * replicas / 2 == pytest.approx(measured, rel=0.15)
 
 
 def test_plan_gives_an_api_process_what_was_measured_of_one() -> None:
