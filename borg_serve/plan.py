@@ -160,7 +160,12 @@ def plan(
     unshared = speed(device, batch, context_tokens, engine, tp, load, shared=False)
     carried = api_tokens_s(engine) * api_processes
     share = REPLICA_SHARE if replicas > 1 else 1.0
-    total = min(reached.tokens_s, carried) * share * users / batch
+
+    def together(engine_tokens_s: float) -> float:
+        """All replicas, as far as their API processes carry it."""
+        return min(engine_tokens_s, carried) * share * users / batch
+
+    total = together(reached.tokens_s)
     apart = None
     if tp > 1 and _memory(device, engine, 1).users(context_tokens) >= (own := math.ceil(users / (replicas * tp))):
         alone = speed(device, own, context_tokens, engine, 1, load)
@@ -181,7 +186,7 @@ def plan(
         tokens_s=total,
         tokens_s_a_user=total / users,
         engine_tokens_s=reached.tokens_s,
-        tokens_s_unshared=min(unshared.tokens_s, carried) * share * users / batch,
+        tokens_s_unshared=together(unshared.tokens_s),
         tokens_s_apart=apart,
         speed=reached,
     )

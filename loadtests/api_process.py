@@ -68,13 +68,12 @@ def sides(
     found = {}
     rows = [(str(interval), "ours", interval) for interval in intervals]
     rows += [(f"{interval}, on Ray", "ray-ours", interval) for interval in on_ray]
-    for name, contender, interval in rows:
+    for row, name, interval in rows:
         sets = settings(model, interval, users)
-        place = folder / f"{contender}-{interval}"
+        place = folder / f"{name}-{interval}"
         place.mkdir()
-        (found[name],) = (
-            one.start for one in contenders(load(Path(CONFIG), sets), place, sets) if one.name == contender
-        )
+        by_name = {one.name: one for one in contenders(load(Path(CONFIG), sets), place, sets)}
+        found[row] = by_name[name].start
     return found
 
 
@@ -107,10 +106,8 @@ def run(intervals: list[int], on_ray: list[int], users: int, requests: int, toke
                 print(f"{turn:3} {name}: {found}", file=sys.stderr, flush=True)
                 if turn >= 0:
                     blocks[name].append(found)
-    on_ray_words = f" --on-ray {' '.join(map(str, on_ray))}" if on_ray else ""
     return {
-        "command": f"python -m loadtests.api_process --intervals {' '.join(map(str, intervals))}{on_ray_words} "
-        f"--users {users} --requests {requests} --tokens {tokens} --rounds {rounds}",
+        "command": " ".join(["python -m loadtests.api_process", *sys.argv[1:]]),
         "versions": {"vllm": engine.vllm_version(), "python": platform.python_version()},
         "machine": {"processor": platform.machine(), "cores": len(os.sched_getaffinity(0))},
         "tokens": tokens,
@@ -179,8 +176,6 @@ def main() -> None:
     words = vars(arguments).copy()
     out, name = words.pop("out"), words.pop("name")
     document = run(**words)
-    if name != "api-process":
-        document["command"] += f" --name {name}"
     write(out, name, document, markdown(document))
 
 

@@ -15,6 +15,7 @@ import httpx
 import psutil
 import yaml
 
+from borg_serve.config import Limits
 from loadtests import servers
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # Ray makes every look at a server a line
@@ -27,8 +28,8 @@ PORTS = 100
 """Replicas listen from here on, those of other clusters of this machine as well; below the ports of connections."""
 READY_S = 600.0
 TUNED = {
-    # of HAProxy: a body that the gate takes (limits.body_bytes) and its headers. Ray's own is 8 MiB
-    "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str((1 << 20) + (1 << 16)),
+    # of HAProxy: a body that the gate takes and its headers. Ray's own is 8 MiB
+    "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(Limits().body_bytes + (1 << 16)),
     # no second thread in a replica and in the router: each message would go from one to the other
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",

@@ -11,28 +11,31 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from borg_serve.plan import GPUS, Gpu
+from borg_serve.capacity import kv_bytes_a_token
+from borg_serve.plan import ATTENTION_FLOP, ATTENTION_HEADS, GPUS, HEAD_DIM, KV_HEADS, Gpu
+from borg_serve.plan import LAYERS as ALL_LAYERS
 
 LAYERS = 8
-HEADS, KV_HEADS, HEAD_DIM = 28, 4, 128
-"""Of the merged 7B checkpoint."""
 
 
-def roofline_us(gpu: Gpu, read: int, looked_at: int, parts: int = 1, element_bytes: int = 2) -> float:
+def roofline_us(gpu: Gpu, read: int, looked_at: int, parts: int = 1, kv_dtype: str = "auto") -> float:
     """Microseconds below which no kernel can be, by the maker's figures.
 
     `read`: tokens whose keys and values come from memory; `looked_at`: pairs of a token and one that it looks at.
     """
-    memory_s = read * 2 * KV_HEADS // parts * HEAD_DIM * element_bytes / gpu.bytes_s
-    arithmetic_s = looked_at * 4 * HEADS // parts * HEAD_DIM / (gpu.flop_s * (2 if element_bytes == 1 else 1))
+    engine = {"kv_cache_dtype": kv_dtype}
+    sizes = {"num_layers": 1, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+    memory_s = read * kv_bytes_a_token(engine, parts, dtype="bfloat16", **sizes) / gpu.bytes_s
+    flop_s = gpu.flop_s * (2 if kv_dtype == "fp8" else 1)
+    arithmetic_s = looked_at * ATTENTION_FLOP / ALL_LAYERS / parts / flop_s
     return round(1e6 * max(memory_s, arithmetic_s), 1)
 
 
-def rooflines(gpu: Gpu, batch: int, prefix: int, own: int, parts: int = 1, element_bytes: int = 2) -> dict[str, float]:
+def rooflines(gpu: Gpu, batch: int, prefix: int, own: int, parts: int = 1, kv_dtype: str = "auto") -> dict[str, float]:
     """Of each case: every row reads the prefix for itself, all read it once, there is none."""
     cases = {"stock": batch * (prefix + own), "shared": prefix + batch * own, "no_prefix": batch * own}
     looked_at = {name: batch * (own if name == "no_prefix" else prefix + own) for name in cases}
-    return {name: roofline_us(gpu, read, looked_at[name], parts, element_bytes) for name, read in cases.items()}
+    return {name: roofline_us(gpu, read, looked_at[name], parts, kv_dtype) for name, read in cases.items()}
 
 
 def microseconds(work: Callable[[], Any], repeats: int = 30) -> float:
@@ -81,7 +84,9 @@ def main() -> None:
     attention.MIN_READS = 1
     attention.OWN_SPLITS = arguments.splits or attention.OWN_SPLITS
     parts = arguments.tensor_parallel
-    shape = Shape(HEADS // parts, KV_HEADS // parts, prefix=arguments.prefix, block=arguments.block, fp8=arguments.fp8)
+    shape = Shape(
+        ATTENTION_HEADS // parts, KV_HEADS // parts, prefix=arguments.prefix, block=arguments.block, fp8=arguments.fp8
+    )
     config = shape.config(arguments.model)
     backends = {"stock": Backend(shape, config, False), "shared": Backend(shape, config, True)}
 
@@ -99,8 +104,8 @@ def main() -> None:
         row["splits"] = attention.OWN_SPLITS
         row |= {f"{name}_us": timed(each, given) for name, each in backends.items()}
         row["no_prefix_us"] = timed(backends["stock"], bare)
-        size = 1 if arguments.fp8 else 2
-        row["roofline_us"] = rooflines(GPUS[arguments.gpu], batch, shape.prefix, arguments.own, parts, size)
+        kv_dtype = "fp8" if arguments.fp8 else "auto"
+        row["roofline_us"] = rooflines(GPUS[arguments.gpu], batch, shape.prefix, arguments.own, parts, kv_dtype)
         print(json.dumps(row), flush=True)
 
 

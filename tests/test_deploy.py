@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel
 
 from borg_serve.config import Config, Limits, load
+from loadtests import clusters
 from tests import promql
 
 ROOT = Path(__file__).parent.parent
@@ -362,6 +363,12 @@ def test_deploy_ray_pod_has_the_environment_of_direct_streaming(pod: str) -> Non
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     assert environment.items() >= STACK_ENVIRONMENT.items()
     assert container["image"] == "borg-serve:0.1.0-cuda"
+
+
+@pytest.mark.parametrize("where", ["Makefile", "loadtests/multi_gpu.sh", "docs/cluster.md"])
+def test_deploy_commands_shorten_the_way_to_a_replica_as_measured(where: str) -> None:
+    words = (ROOT / where).read_text(encoding="utf-8").split()
+    assert {f"{name}={value}" for name, value in clusters.TUNED.items()} <= set(words)
 
 
 def test_deploy_network_opens_haproxy_only_to_everyone() -> None:

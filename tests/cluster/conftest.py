@@ -21,6 +21,8 @@ import psutil
 import pytest
 import yaml
 
+from borg_serve import capacity, report
+from borg_serve.config import load as profile
 from loadtests import clusters, servers
 from loadtests.servers import LOOK
 from tests import workers
@@ -181,6 +183,12 @@ def _end(url: str, body: dict[str, Any]) -> str:
     with suppress(ValueError, KeyError):
         return f"{answer.status_code} {json.loads(last)['error']['code']}"
     return f"{answer.status_code} silent: {last[-100:]}"
+
+
+def fits(*sets: str) -> int:
+    """Return how many requests' own tokens the demo's KV cache holds with these settings."""
+    memory = report.effective(profile(ROOT / "configs/demo-cpu.yaml", sets))["memory"]
+    return int((memory["kv_tokens"] - memory["identity_shared_tokens"]) // capacity.OWN_TOKENS)
 
 
 def configuration(checkpoint: Path, port: int, **changes: object) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from borg_serve import capacity, demo, engine, report
+from borg_serve import demo, engine
 from borg_serve.config import Config, load
-from tests.cluster.conftest import ROOT
+from tests.cluster.conftest import ROOT, fits
 
 
 def application(profile: str, *sets: str) -> dict[str, Any]:
@@ -25,10 +25,8 @@ def config(profile: str, *sets: str) -> Config:
 
 def test_application_bounds_come_from_the_kv_cache() -> None:
     sets = (f"model.path={demo.materialise()}", "engine.max_num_seqs=1000")
-    memory = report.effective(config("demo-cpu", *sets))["memory"]
-    fits = (memory["kv_tokens"] - memory["identity_shared_tokens"]) // capacity.OWN_TOKENS
     deployment = application("demo-cpu", *sets)["deployment"]
-    assert fits < deployment["max_ongoing_requests"] < 4 * fits
+    assert fits(*sets) < deployment["max_ongoing_requests"] < 4 * fits(*sets)
     assert deployment["max_queued_requests"] == deployment["max_ongoing_requests"]
 
 

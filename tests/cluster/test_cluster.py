@@ -10,11 +10,9 @@ from typing import Any
 import httpx
 import openai
 
-from borg_serve import capacity, report
-from borg_serve.config import load
 from loadtests.servers import LOOK
 from tests import promql, workers
-from tests.cluster.conftest import GENTLE, ROOT, Cluster
+from tests.cluster.conftest import GENTLE, ROOT, Cluster, fits
 from tests.waiting import wait_until
 
 CHAT = "/v1/chat/completions"
@@ -73,10 +71,8 @@ def test_cluster_replicas_are_identical(cluster: Cluster) -> None:
 
 def test_cluster_replicas_have_all_places_of_their_engines(cluster: Cluster) -> None:
     sets = [f"{key}={json.dumps(value)}" for key, value in {**GENTLE, "model.path": str(cluster.checkpoint)}.items()]
-    memory = report.effective(load(ROOT / "configs/demo-cpu.yaml", sets))["memory"]
-    places = (memory["kv_tokens"] - memory["identity_shared_tokens"]) // capacity.OWN_TOKENS
     for replica in cluster.replicas():
-        assert f"borg_places {places:.1f}" in LOOK.get(f"{replica.url}/metrics", timeout=30).text.splitlines()
+        assert f"borg_places {fits(*sets):.1f}" in LOOK.get(f"{replica.url}/metrics", timeout=30).text.splitlines()
 
 
 def test_cluster_keeps_a_conversation_where_its_cache_is(cluster: Cluster) -> None:
