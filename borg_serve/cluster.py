@@ -301,11 +301,12 @@ class BorgServer(LLMServer):
         os._exit(1)
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """What the router decides by: requests here, places for them, and a mark that moves with every new one."""
+        """What the router decides by: requests here, places for them, and how many have come so far."""
         if self._admission is None:
             return {}
-        at, load = self._admission.begun, self._admission.running + self._admission.waiting
-        return {"load": load, "places": self._admission.concurrent, "at": at}
+        places = self._admission
+        load, arrived = places.running + places.waiting, places.begun + places.waiting
+        return {"load": load, "places": places.concurrent, "arrived": arrived}
 
     async def __del__(self) -> None:
         for task in self._tasks:

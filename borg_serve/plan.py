@@ -69,15 +69,19 @@ SEQUENCE_S = 2.6e-6
 TP_SHARE = 0.68
 """Of a GPU's own speed, what it reaches as one of several. Chosen to come near the 294, 12,580 and 24,390 tokens/s that
 two H200 served to 1, 64 and 256 users (docs/results/multi-gpu.md); more than two were not measured."""
+MIXED_S = 11e-3
+"""What a step with prompts takes longer, while others are decoding: it runs outside the full CUDA graphs, on the host's
+time. Chosen to come near what an H200 served to 64 and 256 users whose answers differed in length: 5,650 and 12,150
+tokens/s, 7,180 and 16,250 with engine.prefill_schedule_interval at 4 (docs/results/multi-gpu.md)."""
 API_TOKEN_S = 47e-6
 """Time of an API process for a token, the token's part of a request included (docs/results/api-process.md)."""
 API_EVENT_S = 1 / 9_000 - API_TOKEN_S
 """And for an event of a stream, which brings engine.stream_interval tokens. With one, hosts of GPUs carried 9,000
 tokens/s (8,740 to 9,030 at 256 users)."""
 REPLICA_SHARE = 0.7
-"""What a replica of Ray Serve reaches of what its engine and its API process could make. Chosen to come near the 7,570
-and 11,220 tokens/s that one on an H200 served to 64 and 256 users, and the 13,470 and 19,650 of two with as many each
-(docs/results/multi-gpu.md), before the way to it was made shorter."""
+"""Of what a single server's API process carries, what that of a replica of Ray Serve does. Chosen to come near the
+11,030 tokens/s that one on an H200 served to 256 users, and the 21,400 of two with as many each
+(docs/results/multi-gpu.md)."""
 OVERHEAD_BYTES = 4 * GIB
 """Activations, CUDA graphs and the context."""
 
@@ -89,6 +93,8 @@ class Workload:
     new_tokens: int = 120
     """Prompt tokens of the request that no cache holds."""
     output_tokens: int = 128
+    spread: bool = True
+    """Whether answers differ in length, so that some end, and prompts come, in most steps; else all begin together."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,8 @@ class Speed:
     rest_ms: float
     prefill_ms: float
     """Of a step, for the new requests that come with it."""
+    mixed_ms: float
+    """Of a step, for its running outside the full CUDA graphs where prompts come with it."""
 
 
 @dataclass(frozen=True)
@@ -158,18 +166,17 @@ def plan(
     batch = math.ceil(users / replicas)
     reached = speed(device, batch, context_tokens, engine, tp, load)
     unshared = speed(device, batch, context_tokens, engine, tp, load, shared=False)
-    carried = api_tokens_s(engine) * api_processes
-    share = REPLICA_SHARE if replicas > 1 else 1.0
+    carried = api_tokens_s(engine) * (REPLICA_SHARE if replicas > 1 else api_processes)
 
     def together(engine_tokens_s: float) -> float:
         """All replicas, as far as their API processes carry it."""
-        return min(engine_tokens_s, carried) * share * users / batch
+        return min(engine_tokens_s, carried) * users / batch
 
     total = together(reached.tokens_s)
     apart = None
     if tp > 1 and _memory(device, engine, 1).users(context_tokens) >= (own := math.ceil(users / (replicas * tp))):
         alone = speed(device, own, context_tokens, engine, 1, load)
-        apart = min(alone.tokens_s, api_tokens_s(engine)) * REPLICA_SHARE * users / own
+        apart = min(alone.tokens_s, api_tokens_s(engine) * REPLICA_SHARE) * users / own
     return Plan(
         gpu=device.name,
         users=users,
@@ -221,9 +228,18 @@ def speed(
     rest_s = STEP_S + users * SEQUENCE_S
     computed = load.new_tokens + (0 if shared else identity_tokens)
     prefill_s = users * computed * PREFILL_FLOP / flop_s / load.output_tokens
-    step_s = weights_s + identity_s + own_s + rest_s + prefill_s
-    milliseconds = [1000 * part for part in (weights_s, identity_s, own_s, rest_s, prefill_s)]
+    mixed_s = MIXED_S * _mixed(users, engine, load) if load.spread else 0.0
+    parts = (weights_s, identity_s, own_s, rest_s, prefill_s, mixed_s)
+    step_s = sum(parts)
+    milliseconds = [1000 * part for part in parts]
     return Speed(users / step_s, *milliseconds)
+
+
+def _mixed(users: int, engine: Mapping[str, Any], load: Workload) -> float:
+    """The share of steps in which prompts come to others that are decoding."""
+    interval = int(engine.get("prefill_schedule_interval") or 1)
+    none_waits = (1 - 1 / load.output_tokens) ** ((users - 1) * interval)
+    return (1 - none_waits) / interval
 
 
 def api_tokens_s(engine: Mapping[str, Any]) -> float:
@@ -296,7 +312,7 @@ def notes(found: Plan) -> list[str]:
     load, carried = Workload(), _two_digits(found.api_tokens_s)
     said = [
         "An estimate, not a measurement: figures of an H100 and an H200 scaled by bandwidth and arithmetic, for "
-        f"requests of {load.new_tokens} new tokens and {load.output_tokens} of answer. Measure before you buy."
+        f"requests of {load.new_tokens} new tokens and about {load.output_tokens} of answer. Measure before you buy."
     ]
     if found.engine_tokens_s > carried:
         said.append(
@@ -305,7 +321,10 @@ def notes(found: Plan) -> list[str]:
             "replicas with fewer users each would be faster."
         )
     if found.replicas > 1:
-        said.append(f"Behind Ray Serve a replica is counted on to make {REPLICA_SHARE:.0%} of what its engine could.")
+        said.append(
+            f"The API process of a replica on Ray Serve is counted on to carry {REPLICA_SHARE:.0%} of what a single "
+            "server's does."
+        )
         said.append(
             "Each replica keeps the KV of its own users. Requests of one conversation go to one replica (by the header "
             "x-session-id, else by the conversation's first message), so that a later turn is computed only from where "
@@ -338,7 +357,8 @@ def text(found: Plan) -> str:
         f"  output tokens/s   about {total:,} in all, {found.tokens_s_a_user:.0f} for each user",
         f"  without sharing   about {unshared:,} tokens/s, if each request brought the identity anew",
         f"  a step, ms        weights {step.weights_ms:.1f}, identity {step.identity_ms:.1f}, own tokens "
-        f"{step.own_ms:.1f}, prefill {step.prefill_ms:.1f}, rest {step.rest_ms:.1f}",
+        f"{step.own_ms:.1f}, prefill {step.prefill_ms:.1f}, "
+        f"outside graphs {step.mixed_ms:.1f}, rest {step.rest_ms:.1f}",
     ]
     return "\n".join([*lines, *(f"  note: {note}" for note in notes(found))])
 

@@ -13,18 +13,21 @@ import threading
 import time
 from functools import cache, partialmethod
 from inspect import signature
+from itertools import count
 from typing import Any
 
 from borg_serve import hashes
 from borg_serve.errors import EngineError
 
 __all__ = [
+    "compile_for_each_gpu",
     "keep_seeds",
     "register",
     "remember_blocks",
     "remember_hashes",
     "remember_ids",
     "sleep_while_waiting",
+    "space_prefills",
     "talk_through_gloo",
 ]
 
@@ -46,17 +49,21 @@ def register() -> None:
     if current_platform.is_cpu():
         sleep_while_waiting()
     parent = multiprocessing.parent_process()
-    if parent is None or parent.pid is None:
-        return
+    ray = sys.modules.get("ray")
+    if parent is None and not (ray is not None and ray.is_initialized()):
+        return  # a process of the caller's own; vLLM's are children, or Ray's
     if CORE in sys.modules:
         remember_hashes(sys.modules[CORE])
+        space_prefills(sys.modules[CORE])
         remember_blocks()
     if current_platform.is_cuda():
         remember_ids()
+        compile_for_each_gpu()
     if current_platform.is_cpu():
         keep_seeds()
         talk_through_gloo()
-    threading.Thread(target=_end_with, args=(parent.pid,), name="end-with-parent", daemon=True).start()
+    if parent is not None and parent.pid is not None:
+        threading.Thread(target=_end_with, args=(parent.pid,), name="end-with-parent", daemon=True).start()
 
 
 def remember_hashes(core: Any) -> None:
@@ -67,6 +74,22 @@ def remember_hashes(core: Any) -> None:
         return hashes.remembering(make(block_size, *args), block_size)
 
     core.get_request_block_hasher = remembering
+
+
+def space_prefills(core: Any) -> None:
+    """Let one engine admit prompts in every `prefill_schedule_interval`-th step. Raises EngineError if vLLM moved that.
+
+    vLLM does so for data parallelism alone. A step without prompts runs in full CUDA graphs, one with any outside them:
+    of prompts that come one after another several share a step. Where nobody is decoding, no prompt waits.
+    """
+    engine = _found(core, "EngineCore")
+    _found(engine, "_should_throttle_prefills")
+
+    def should_throttle(self: Any) -> bool:
+        steps = vars(self).setdefault("borg_serve_steps", count())
+        return bool(next(steps) % self.vllm_config.scheduler_config.prefill_schedule_interval)
+
+    engine._should_throttle_prefills = should_throttle
 
 
 def remember_blocks() -> None:
@@ -106,6 +129,26 @@ def remember_ids() -> None:
         ids.stage_write = hashes.writing(_found(ids, "stage_write", "a worker's table of token ids"))
 
     table.__init__ = remembering
+
+
+def compile_for_each_gpu() -> None:
+    """Give each GPU a cache of its own for what vLLM compiles. Raises EngineError if vLLM moved its worker.
+
+    The cache's folders name the worker's rank, the code in them names the GPU. To a worker of Ray's all GPUs of a host
+    are visible: a replica on the second one would load what was compiled for the first, and end with CUDA's "invalid
+    argument".
+    """
+    from vllm import envs
+    from vllm.v1.worker import gpu_worker
+
+    worker = _found(gpu_worker, "Worker")
+    begin = _found(worker, "init_device")
+
+    def init_device(self: Any) -> None:
+        begin(self)
+        os.environ["VLLM_CACHE_ROOT"] = os.path.join(envs.VLLM_CACHE_ROOT, f"cuda{self.device.index}")
+
+    worker.init_device = init_device
 
 
 def keep_seeds() -> None:

@@ -7,6 +7,9 @@ not know vLLM. The identity is in every replica's cache, so it draws no conversa
 import hashlib
 import json
 import math
+import time
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray.serve._private.common import ReplicaID
@@ -25,6 +28,9 @@ not fill one replica."""
 QUEUE_ANSWER_S = 1.0
 """Ray asks a replica that it has not used for 10 s for its queue and goes on to the next one when it does not answer in
 time. Ray's own 0.1 s is shorter than a busy replica's step, and costs a conversation its cache."""
+FLIGHT_S = 3.0
+"""How long a request may be on its way to a replica before it no longer counts: it was refused, or its client left.
+A busy replica's process takes up to a second to look at one."""
 CLIENT = ("prompt_cache_key", "safety_identifier", "user")
 """Fields by which a client may say whose request it is; the first one present counts."""
 
@@ -57,6 +63,25 @@ def order(ranked: list[str], load: dict[str, int], places: dict[str, float]) -> 
     return [*light, *(name for name in room if name not in light), *(name for name in ranked if name not in room)]
 
 
+@dataclass
+class Flight:
+    """Requests on their way to one replica."""
+
+    sent: deque[float] = field(default_factory=deque)
+    """When each was sent, by the monotonic clock."""
+    arrived: int = 0
+    """How many had reached the replica when it last told; others' requests are among them."""
+
+    def flying(self, arrived: int, now: float) -> int:
+        """How many of those that were sent are not among the `arrived` ones that the replica tells of."""
+        for _ in range(min(len(self.sent), arrived - self.arrived)):
+            self.sent.popleft()
+        self.arrived = arrived
+        while self.sent and now - self.sent[0] > FLIGHT_S:
+            self.sent.popleft()
+        return len(self.sent)
+
+
 class ConversationRouter(ConsistentHashRouter):
     """Serve's consistent hashing by session, and without a session by the conversation's beginning."""
 
@@ -64,7 +89,7 @@ class ConversationRouter(ConsistentHashRouter):
 
     def initialize_state(self, **kwargs: Any) -> None:
         super().initialize_state(num_virtual_nodes=VIRTUAL_NODES, num_fallback_replicas=1_000_000, **kwargs)
-        self._sent: dict[ReplicaID, tuple[object, int]] = {}
+        self._flights: dict[ReplicaID, Flight] = {}
 
     def _routing_key(self, pending_request: PendingRequest | None) -> str | None:
         if pending_request is not None and not pending_request.metadata.session_id and pending_request.args:
@@ -82,20 +107,15 @@ class ConversationRouter(ConsistentHashRouter):
         if pending_request is None or not ranks:
             return ranks
         replicas = {str(rank[0].replica_id): rank[0] for rank in ranks}
-        load = {name: self._load(replica) for name, replica in replicas.items()}
+        now = time.monotonic()
+        self._flights = {rank[0].replica_id: self._flights.get(rank[0].replica_id, Flight()) for rank in ranks}
+        load = {name: self._load(replica, now) for name, replica in replicas.items()}
         places = {name: float(replica.routing_stats.get("places", math.inf)) for name, replica in replicas.items()}
         tried = [replicas[name] for name in order(list(replicas), load, places)]
-        self._count(tried[0])
+        self._flights[tried[0].replica_id].sent.append(now)
         return [[replica] for replica in tried]
 
-    def _load(self, replica: RunningReplica) -> int:
-        """The load that the replica last told, and what was sent to it since."""
+    def _load(self, replica: RunningReplica, now: float) -> int:
+        """The load that the replica last told, and what has not reached it by then."""
         told = replica.routing_stats
-        seen, sent = self._sent.get(replica.replica_id, (None, 0))
-        return int(told.get("load", 0)) + (sent if seen == told.get("at") else 0)
-
-    def _count(self, replica: RunningReplica) -> None:
-        at = replica.routing_stats.get("at")
-        seen, sent = self._sent.get(replica.replica_id, (None, 0))
-        self._sent = {name: entry for name, entry in self._sent.items() if name in self._replicas}
-        self._sent[replica.replica_id] = (at, sent + 1 if seen == at else 1)
+        return int(told.get("load", 0)) + self._flights[replica.replica_id].flying(int(told.get("arrived", 0)), now)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tensor parallelism and replicas on one host with several GPUs, over HTTP: a line of figures for each run in
-# $OUT/multi-gpu.txt, the servers' logs beside it. About 3 minutes for each of the servers that --dry-run lists.
+# $OUT/multi-gpu.txt, the servers' logs beside it. Users whose answers are all as long begin and end together; then
+# users whose answers differ, as people's do. About 4 minutes for each of the servers that --dry-run lists.
 #
 #   MODEL=DIRECTORY OUT=DIRECTORY [GPUS=8] [MORE="KEY=VALUE ..."] loadtests/multi_gpu.sh [--dry-run] [NAME ...]
 #
@@ -31,11 +32,12 @@ SETTINGS+=("${more[@]}")
 
 # measure NAME REPLICAS USERS COMMAND...: start a server, measure it REPEATS times after a warm-up, end it with its processes.
 measure() {
-  local name=$1 replicas=$2 users=$3 line repeat
+  local name=$1 replicas=$2 users=$3 line repeat load
+  local loads=("--users $users" "--users ${users#1 } --spread 0.5 --requests 6")
   shift 3
   [[ "$ONLY" = "  " || "$ONLY" = *" $name "* ]] || return 0
   echo "+ $name: $*"
-  echo "+ $name: python3 -m loadtests.throughput http://127.0.0.1:$PORT --users $users --processes 8"
+  for load in "${loads[@]}"; do echo "+ $name: python3 -m loadtests.throughput http://127.0.0.1:$PORT --processes 8 $load"; done
   [ -n "$DRY" ] && return
   mark=$name-$$ # by it the server's processes are found again
   BORG_LOADTEST_CLUSTER=$mark "$@" > "$OUT/$name.log" 2>&1 &
@@ -53,9 +55,11 @@ measure() {
   done
   echo "$name ready after $((SECONDS - begin)) s" | tee -a "$OUT/multi-gpu.txt"
   for ((repeat = 0; repeat <= REPEATS; repeat++)); do
-    # shellcheck disable=SC2086  # several numbers of users
-    python3 -m loadtests.throughput "http://127.0.0.1:$PORT" --users $users --processes 8 | while read -r line; do
-      echo "$name $repeat $line" | tee -a "$OUT/multi-gpu.txt"
+    for load in "${loads[@]}"; do
+      # shellcheck disable=SC2086  # several words
+      python3 -m loadtests.throughput "http://127.0.0.1:$PORT" --processes 8 $load | while read -r line; do
+        echo "$name $repeat $line" | tee -a "$OUT/multi-gpu.txt"
+      done
     done
   done
   finish

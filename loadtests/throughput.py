@@ -46,8 +46,13 @@ async def one(host: str, port: int, request: dict[str, Any]) -> tuple[float, flo
     return first, end, json.loads(last[6:])["usage"]["completion_tokens"]
 
 
-async def users(host: str, port: int, count: int, requests: int, seed: int, tokens: int, system: str | None) -> Any:
-    """`count` users who share `requests` requests; ([TTFT], [TPOT], output tokens, why others failed), in seconds."""
+async def users(
+    host: str, port: int, count: int, requests: int, seed: int, tokens: tuple[int, int], system: str | None
+) -> Any:
+    """`count` users who share `requests` requests; ([TTFT], [TPOT], output tokens, why others failed), in seconds.
+
+    `tokens`: of an answer, at least and at most.
+    """
     rng = random.Random(seed)
     left = list(range(requests))
     ttft: list[float] = []
@@ -60,7 +65,7 @@ async def users(host: str, port: int, count: int, requests: int, seed: int, toke
         while left:
             left.pop()
             try:
-                first, end, n = await one(host, port, body(rng, tokens, system, words=90))
+                first, end, n = await one(host, port, body(rng, rng.randint(*tokens), system, words=90))
             except (OSError, RuntimeError) as error:
                 failed[str(error)] += 1
                 continue
@@ -72,21 +77,29 @@ async def users(host: str, port: int, count: int, requests: int, seed: int, toke
     return ttft, tpot, total, failed
 
 
+def lengths(tokens: int, spread: float) -> tuple[int, int]:
+    """Tokens of an answer, at least and at most."""
+    return round(tokens * (1 - spread)), round(tokens * (1 + spread))
+
+
 def client(arguments: tuple[Any, ...]) -> Any:
     """One client process."""
     return asyncio.run(users(*arguments))
 
 
-def measure(url: str, count: int, requests: int, processes: int, tokens: int, system: str | None) -> dict[str, Any]:
-    """One concurrency; figures as a JSON document."""
+def measure(
+    url: str, count: int, requests: int, processes: int, tokens: int, system: str | None, spread: float = 0.0
+) -> dict[str, Any]:
+    """One concurrency; figures as a JSON document. Answers are of `tokens` tokens, give or take this part of them."""
     address = urlsplit(url)
+    where = address.hostname, address.port
     processes = min(processes, count)
     share = [
-        (address.hostname, address.port, count // processes, requests // processes, 1 + index, tokens, system)
+        (*where, count // processes, requests // processes, 1 + index, lengths(tokens, spread), system)
         for index in range(processes)
     ]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pool.map(client, [(*part[:2], 1, 1, 0, 4, system) for part in share])  # imports and connections are ready
+        pool.map(client, [(*part[:2], 1, 1, 0, (4, 4), system) for part in share])  # imports and connections are ready
         begin = time.perf_counter()
         results = pool.map(client, share)
         elapsed = time.perf_counter() - begin
@@ -95,6 +108,7 @@ def measure(url: str, count: int, requests: int, processes: int, tokens: int, sy
     failed = sum((why for *_, why in results), Counter[str]())
     return {
         "users": count,
+        **({"spread": spread} if spread else {}),
         "requests": len(ttft),
         "failed": failed.total(),
         **({"why": dict(failed)} if failed else {}),
@@ -112,6 +126,12 @@ def main() -> None:
     parser.add_argument("--users", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument(
+        "--spread",
+        type=float,
+        default=0.0,
+        help="answers are longer or shorter by up to this part; without it all of a step end, and begin, together",
+    )
     parser.add_argument("--requests", type=int, default=4, help="requests a user")
     parser.add_argument("--system", help="a file whose text every request sends as its system message")
     arguments = parser.parse_args()
@@ -121,7 +141,7 @@ def main() -> None:
             system = file.read().strip()
     for count in arguments.users:
         total = count * arguments.requests
-        result = measure(arguments.url, count, total, arguments.processes, arguments.tokens, system)
+        result = measure(arguments.url, count, total, arguments.processes, arguments.tokens, system, arguments.spread)
         print(json.dumps(result), flush=True)
 
 

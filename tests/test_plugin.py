@@ -1,15 +1,23 @@
-"""How vLLM's processes wait for each other once our plugin is loaded, on vLLM's own condition."""
+"""What our plugin changes in vLLM's processes, on vLLM's own classes, and that it says so when those have moved."""
 
+import inspect
+import multiprocessing
 import subprocess
 import sys
 import time
 from importlib.util import module_from_spec, spec_from_file_location
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import zmq
+from vllm import envs
+from vllm.compilation import backends, decorators
 from vllm.distributed.device_communicators import cpu_communicator, shm_broadcast
-from vllm.v1.worker import cpu_model_runner
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import core
+from vllm.v1.worker import cpu_model_runner, gpu_worker
 
 from borg_serve import plugin
 from borg_serve.errors import EngineError
@@ -81,3 +89,73 @@ def test_plugin_brings_no_metrics_into_the_engine() -> None:
     """A gauge of an engine's process, never set, would say for all of them that they are not ready."""
     look = "import sys, borg_serve.plugin; print([name for name in sys.modules if 'prometheus' in name])"
     assert subprocess.check_output([sys.executable, "-c", look], text=True).strip() == "[]"
+
+
+def admits(steps: int, interval: int) -> list[bool]:
+    """In which steps an engine with this `prefill_schedule_interval` admits prompts."""
+    engine: Any = SimpleNamespace(
+        vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(prefill_schedule_interval=interval))
+    )
+    return [not core.EngineCore._should_throttle_prefills(engine) for _ in range(steps)]
+
+
+def test_plugin_lets_one_engine_admit_prompts_in_some_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core.EngineCore, "_should_throttle_prefills", core.EngineCore._should_throttle_prefills)
+    assert admits(5, 4) == [True] * 5, "vLLM does so for data parallelism alone"
+    plugin.space_prefills(core)
+    assert admits(9, 4) == [True, False, False, False, True, False, False, False, True]
+    assert admits(3, 1) == [True] * 3
+
+
+def test_plugin_spaces_prompts_by_what_vllm_asks_before_each_step() -> None:
+    for step in (core.EngineCore.step, core.EngineCore.step_with_batch_queue):
+        assert "schedule(self._should_throttle_prefills())" in inspect.getsource(step)
+    assert "any(not r.is_prefill_chunk for r in self.running)" in inspect.getsource(Scheduler.schedule), (
+        "nobody waits alone"
+    )
+
+
+def test_plugin_refuses_a_vllm_that_admits_prompts_elsewhere() -> None:
+    with pytest.raises(EngineError, match="_should_throttle_prefills"):
+        plugin.space_prefills(SimpleNamespace(EngineCore=object))
+
+
+@pytest.mark.parametrize("gpu", [0, 1])
+def test_plugin_compiles_for_each_gpu(gpu: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init_device(self: Any) -> None:
+        self.device = torch.device("cuda", gpu)
+
+    monkeypatch.setattr(gpu_worker.Worker, "init_device", init_device)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/cache")
+    plugin.compile_for_each_gpu()
+    worker: Any = SimpleNamespace()
+    gpu_worker.Worker.init_device(worker)
+    assert f"/cache/cuda{gpu}" == envs.VLLM_CACHE_ROOT
+
+
+def test_plugin_is_needed_because_vllm_caches_by_rank() -> None:
+    for module in (backends, decorators):
+        source = inspect.getsource(module)
+        assert 'f"rank_{rank}_{dp_rank}"' in source, "the GPU is in the name now: compile_for_each_gpu can go"
+        assert "envs.VLLM_CACHE_ROOT" in source
+
+
+def test_plugin_refuses_a_vllm_whose_worker_begins_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_worker, "Worker", object)
+    with pytest.raises(EngineError, match="init_device"):
+        plugin.compile_for_each_gpu()
+
+
+@pytest.mark.parametrize(("ray", "changed"), [(None, False), (False, False), (True, True)])
+def test_plugin_changes_workers_of_ray_too(ray: bool | None, changed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no children of vLLM's processes, and there is no parent to end with."""
+    done: list[str] = []
+    for name in ("sleep_while_waiting", "keep_seeds", "talk_through_gloo", "remember_hashes", "remember_blocks"):
+        monkeypatch.setattr(plugin, name, lambda *_, name=name: done.append(name))
+    monkeypatch.setattr(plugin, "space_prefills", lambda _: None)
+    monkeypatch.setattr(plugin, "_end_with", lambda _: done.append("end"))
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: ray) if ray is not None else None)
+    assert multiprocessing.parent_process() is None
+    plugin.register.__wrapped__()
+    assert ("keep_seeds" in done) == changed
+    assert "end" not in done

@@ -17,7 +17,7 @@ from ray.serve._private.common import (
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 
-from borg_serve.routing import ConversationRouter, conversation, order
+from borg_serve.routing import FLIGHT_S, ConversationRouter, Flight, conversation, order
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -82,13 +82,36 @@ def test_order_balances_a_greeting_that_everybody_begins_with(replicas: int) -> 
     assert max(load.values()) / mean(load.values()) <= 1.25
 
 
+def test_flight_counts_what_was_sent_and_has_not_arrived() -> None:
+    flight = Flight()
+    flight.sent.extend([0.0, 0.1, 0.2])
+    assert flight.flying(0, 0.3) == 3
+    assert flight.flying(2, 0.4) == 1, "two of them are in the load that the replica tells"
+    assert flight.flying(2, 0.5) == 1
+    assert flight.flying(9, 0.6) == 0, "those of another router arrive too"
+    flight.sent.append(0.7)
+    assert flight.flying(8, 0.8) == 1, "one that waited for a place has left"
+
+
+def test_flight_ends_for_what_never_arrives() -> None:
+    flight = Flight()
+    flight.sent.extend([0.0, 1.0])
+    assert flight.flying(0, FLIGHT_S + 0.5) == 1
+    assert flight.flying(0, FLIGHT_S + 1.5) == 0
+
+
 class Told(RunningReplica):
-    """A replica as a router sees it, which tells its queue after a known time."""
+    """A replica as a router sees it, which tells its queue after a known time, and its load and places if any."""
 
     def __init__(self, info: RunningReplicaInfo, delay_s: float) -> None:
         self._replica_info = info
         self._multiplexed_model_ids = set()
         self.delay_s = delay_s
+        self.told: dict[str, int] = {}
+
+    @property
+    def routing_stats(self) -> dict[str, int]:
+        return self.told
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
         await asyncio.sleep(self.delay_s)
@@ -133,3 +156,17 @@ async def test_router_waits_for_a_busy_replica_to_tell_its_queue() -> None:
 
 async def test_router_passes_over_a_replica_that_does_not_tell_its_queue() -> None:
     assert {await chosen(router_of(60, 0), str(number)) for number in range(2)} == {"1"}
+
+
+async def test_router_counts_requests_that_a_busy_replica_has_not_seen_yet() -> None:
+    """It tells of the first one, again and again, while the others wait for its process."""
+    router = router_of(0, 0)
+    replicas: list[Any] = list(router.curr_replicas.values())
+    for replica in replicas:
+        replica.told = {"load": 0, "places": 8, "arrived": 0}
+    first = [await chosen(router, "one", number) for number in range(5)]
+    assert len(set(first)) == 2, "from half its places on, not the whole of a conversation's"
+    for replica in replicas:
+        replica.told = {"load": 1, "places": 8, "arrived": 1}
+    everywhere = first + [await chosen(router, "one", number) for number in range(5, 16)]
+    assert sorted(map(everywhere.count, set(everywhere))) == [8, 8], "as many as there are places, on each"

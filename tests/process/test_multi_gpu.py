@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import os
 import shlex
 import subprocess
@@ -64,13 +65,14 @@ def test_multi_gpu_measures_tensor_parallelism_and_replicas(listed: dict[str, li
     expected = {f"tp{tp}-{attention}" for tp in (1, 2, 4) for attention in ("stock", "shared")}
     expected |= {f"ray-tp{tp}" for tp in (1, 2, 4)} | {f"replicas-{count}" for count in (2, 4, 8)}
     assert set(listed) == expected
-    for name, (server, client) in listed.items():
+    for name, (server, *clients) in listed.items():
         config = profile(server)
         assert config.model.path == "/no/such/model"
         assert config.server.keys is None
         assert (config.engine["stream_interval"], config.limits.deadline_s) == (4, 90)
         assert config.engine.get("tensor_parallel_size", 1) == (int(name.partition("tp")[2][:1]) if "tp" in name else 1)
-        assert client[:3] == ["python3", "-m", "loadtests.throughput"]
+        assert [client[:3] for client in clients] == [["python3", "-m", "loadtests.throughput"]] * 2
+        assert ["--spread" in client for client in clients] == [False, True]
         if name.startswith("tp"):
             assert config.identity.attention == name.partition("-")[2]
         else:
@@ -107,6 +109,24 @@ def test_throughput_counts_what_was_answered(tmp_path: Path) -> None:
     assert min(found["ttft_p50_ms"], found["tpot_p50_ms"], found["output_tokens_per_s"]) > 0
 
 
+async def test_throughput_spreads_the_lengths_of_answers() -> None:
+    """What a server is asked for, without one that answers."""
+    asked: list[int] = []
+
+    async def note(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r")[0])
+        asked.append(json.loads(await reader.readexactly(length))["max_tokens"])
+        writer.close()
+
+    async with await asyncio.start_server(note, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        await throughput.users("127.0.0.1", port, 2, 40, 0, throughput.lengths(128, 0.5), None)
+    assert 64 <= min(asked) < 80
+    assert 170 < max(asked) <= 192
+    assert throughput.lengths(128, 0) == (128, 128)
+
+
 async def test_throughput_says_why_a_request_failed() -> None:
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -115,6 +135,6 @@ async def test_throughput_says_why_a_request_failed() -> None:
 
     async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        ttft, _, tokens, failed = await throughput.users("127.0.0.1", port, 1, 2, 0, 5, None)
+        ttft, _, tokens, failed = await throughput.users("127.0.0.1", port, 1, 2, 0, (5, 5), None)
     assert (ttft, tokens) == ([], 0)
     assert failed == {"without an answer's end: HTTP/1.1 503 Service Unavailable": 2}
