@@ -141,10 +141,10 @@ def plan_(
 ) -> None:
     """Estimate the GPUs, replicas and speed that some users of the merged 7B checkpoint need."""
     profile = _load(config, set_)
-    from borg_serve import plan
+    from borg_serve import plan, plan_text
 
     found = plan.plan(gpu, users, context, profile.engine, profile.server.processes)
-    print(json.dumps(plan.document(found), indent=2) if as_json else plan.text(found))
+    print(json.dumps(plan_text.document(found), indent=2) if as_json else plan_text.text(found))
 
 
 @app.command()
@@ -246,10 +246,11 @@ def key_new(name: Annotated[str, typer.Argument(help="Whose key it is; shown in 
 
 
 def _load(config: Path, sets: list[str]) -> Config:
-    from borg_serve import engine
+    from borg_serve import engine_arguments
+    from borg_serve.device import prepare_environment
 
-    engine.prepare_environment()
-    return load(config, sets, engine.field_problems)
+    prepare_environment()
+    return load(config, sets, engine_arguments.field_problems)
 
 
 class _ProgressBar:

@@ -20,12 +20,13 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.context import _get_global_client
 from ray.serve.deployment import Application
 
-from borg_serve import capacity, engine, family, guard, identity, mirror, report
+from borg_serve import capacity, engine, engine_arguments, family, guard, identity, mirror, report
 from borg_serve.admission import Admission
 from borg_serve.config import Config, load
+from borg_serve.device import device, prepare_environment
 from borg_serve.errors import CheckpointError, ConfigError, EngineError, Problem
 
-engine.prepare_environment()
+prepare_environment()
 
 from ray.llm._internal.serve.core.ingress.builder import _build_direct_streaming_llm_deployment
 from ray.llm._internal.serve.core.ingress.router import LLMRouter
@@ -90,7 +91,7 @@ def build(args: Arguments) -> Application:
     """The Ray Serve application of a profile. Raises ConfigError; starts nothing."""
     sets = [f"{key}={json.dumps(value)}" for key, value in args.set.items()]
     sets.append("server.processes=1")  # a replica is one API process: all places of its engine are its own
-    return compose(load(Path(args.profile), sets, engine.field_problems), BorgServer)
+    return compose(load(Path(args.profile), sets, engine_arguments.field_problems), BorgServer)
 
 
 def compose(config: Config, replica: "type[BorgServer]") -> Application:
@@ -120,11 +121,11 @@ def serve_config(
     """Ray's form of a profile. `model`: a directory or hub id. `deployment`: Serve's options, which a replica does not
     need; the template and what it begins with are known in the replica only.
     """
-    arguments = engine.arguments(config, model, chat_template or "", prefix_tokens)
+    arguments = engine_arguments.build(config, model, chat_template or "", prefix_tokens)
     kwargs = {name: value for name, value in arguments.items() if name not in OWN and value is not None}
     if chat_template is not None:
         kwargs["chat_template"] = chat_template
-    on_cpu = engine.device() == "cpu"
+    on_cpu = device() == "cpu"
     worker = {"CPU": config.cluster.cpus} if on_cpu else {"CPU": config.cluster.cpus, "GPU": 1}
     # Tensor parallelism talks at every layer: its workers share a node. Pipeline stages may be apart.
     strategy = "STRICT_PACK" if kwargs.get("pipeline_parallel_size", 1) == 1 else "PACK"
@@ -142,7 +143,7 @@ def serve_config(
 def environment(config: Config) -> dict[str, str]:
     """Variables of a replica's process."""
     found = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-    if engine.device() == "cpu":
+    if device() == "cpu":
         # By itself vLLM pins every engine of a machine to the same cores, beginning with the first: two replicas on two
         # cores would share one. Unpinned, each has the threads that its part of the machine is for.
         threads = max(1, int(config.cluster.cpus))

@@ -1,7 +1,8 @@
 """One YAML profile -> one frozen model: the only reader of profiles and of `--set`.
 
 It knows the shape and bounds of every key of ours. It does not know vLLM: keys under `engine` are vLLM's own names, and
-the caller passes the check for them (`engine.field_problems`), so that all problems of a file are reported at once.
+the caller passes the check for them (`engine_arguments.field_problems`), so that all problems of a file are reported at
+once.
 """
 
 import difflib

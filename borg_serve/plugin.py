@@ -1,9 +1,10 @@
 """What vLLM loads into each of its own processes (a general plugin): an engine that knows its prompts begin alike.
 
-It makes the shared-prefix attention known by name, keeps the prefix's block hashes, blocks and token ids, leaves the
-processor to those who compute, and ends an engine with the server it belongs to: vLLM's does not notice that its parent
-was killed, and would keep its memory, on a GPU all of it. It does not know which prefix, and imports no metrics: those
-of an engine's process would count among the servers'.
+It makes the shared-prefix attention known by name, keeps the prefix's block hashes, blocks and token ids, lets prompts
+share steps, keeps what was compiled for one GPU from another, leaves the processor to those who compute, and ends an
+engine with the server it belongs to: vLLM's does not notice that its parent was killed, and would keep its memory, on a
+GPU all of it. It does not know which prefix, and imports no metrics: those of an engine's process would count among the
+servers'.
 """
 
 import multiprocessing

@@ -14,8 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from borg_serve import __version__, checkpoint, engine, identity, neutralise, template
+from borg_serve import __version__, checkpoint, engine_arguments, identity, neutralise, template
 from borg_serve.config import Config, is_hub_id
+from borg_serve.device import vllm_version
 from borg_serve.errors import CheckpointError
 from borg_serve.identity import Identity, TokenPrefix
 
@@ -48,7 +49,7 @@ class Preparation:
         """The answer of `/version`."""
         return {
             "borg_serve": __version__,
-            "vllm": engine.vllm_version(),
+            "vllm": vllm_version(),
             "ray": installed("ray"),
             "python": platform.python_version(),
             "model": self.config.model.served_name,
@@ -89,7 +90,9 @@ def prepare(config: Config, progress: Callable[[int, int], None] | None = None) 
         vocab_size=int(json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"]),
         warm_up_ids=encode(WARM_UP),
         probe_ids=encode(question),
-        args=engine.namespace(engine.arguments(config, str(directory), chat_template, len(prefix.token_ids))),
+        args=engine_arguments.namespace(
+            engine_arguments.build(config, str(directory), chat_template, len(prefix.token_ids))
+        ),
     )
 
 

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from borg_serve import capacity, checkpoint, engine, identity, preparation, template
+from borg_serve import capacity, checkpoint, engine_arguments, identity, preparation, template
 from borg_serve.config import Config, is_hub_id
+from borg_serve.device import device, vllm_version
 from borg_serve.errors import BorgServeError, ConfigError, Problem
 
 __all__ = ["effective", "rendered", "text", "versions"]
@@ -29,7 +30,7 @@ def versions() -> dict[str, str | None]:
     names = {"borg_serve": "borg-serve", "torch": "torch", "transformers": "transformers", "ray": "ray"}
     installed: dict[str, str | None] = {name: preparation.installed(package) for name, package in names.items()}
     try:
-        installed["vllm"] = engine.vllm_version()
+        installed["vllm"] = vllm_version()
     except BorgServeError:
         installed["vllm"] = None
     return installed | {"python": platform.python_version()}
@@ -43,7 +44,7 @@ def effective(config: Config) -> dict[str, Any]:
     document: dict[str, Any] = {
         "profile": str(config.file),
         "versions": versions(),
-        "device": engine.device(),
+        "device": device(),
         "identity": {"file": str(config.identity.prompt), "sha256": text.sha256},
         "server": config.server.model_dump(mode="json"),
         "limits": config.limits.model_dump(mode="json"),
@@ -56,9 +57,11 @@ def effective(config: Config) -> dict[str, Any]:
         wrapped = template.wrap(template.stock_template(directory), text)
         prefix = identity.token_prefix(partial(template.render, tokenizer, wrapped), tokenizer, text)
         document["identity"]["tokens"] = tokens = len(prefix.token_ids)
-        document["identity"]["attention"] = "{0.name}: {0.reason}".format(engine.attention(config, tokens))
-    document["vllm"] = engine.arguments(config, model, "<the checkpoint's own template behind the identity>", tokens)
-    document["vllm_command"] = shlex.join(["vllm", "serve", *engine.command_line(document["vllm"])])
+        document["identity"]["attention"] = "{0.name}: {0.reason}".format(engine_arguments.attention(config, tokens))
+    document["vllm"] = engine_arguments.build(
+        config, model, "<the checkpoint's own template behind the identity>", tokens
+    )
+    document["vllm_command"] = shlex.join(["vllm", "serve", *engine_arguments.command_line(document["vllm"])])
     if tokens is None:
         document["note"] = f"No memory plan: the checkpoint {model} is not on this machine."
         return document

@@ -17,8 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from borg_serve import demo, engine
+from borg_serve import demo
 from borg_serve.config import load
+from borg_serve.device import prepare_environment, vllm_version
 from borg_serve.manifest import MANIFEST_FILE
 from loadtests.bootstrap import ratio
 from loadtests.contenders import Running, contenders
@@ -88,7 +89,7 @@ def block(server: Running, users: int, requests: int, tokens: int) -> dict[str, 
 
 def run(intervals: list[int], on_ray: list[int], users: int, requests: int, tokens: int, rounds: int) -> dict[str, Any]:
     """Run the whole comparison; its JSON document."""
-    engine.prepare_environment()
+    prepare_environment()
     folder = Path(tempfile.mkdtemp(prefix="borg-api-process-"))
     model = reshaped(demo.materialise(), folder / "model", NARROW)
     starts = sides(model, intervals, on_ray, users, folder)
@@ -108,7 +109,7 @@ def run(intervals: list[int], on_ray: list[int], users: int, requests: int, toke
                     blocks[name].append(found)
     return {
         "command": " ".join(["python -m loadtests.api_process", *sys.argv[1:]]),
-        "versions": {"vllm": engine.vllm_version(), "python": platform.python_version()},
+        "versions": {"vllm": vllm_version(), "python": platform.python_version()},
         "machine": {"processor": platform.machine(), "cores": len(os.sched_getaffinity(0))},
         "tokens": tokens,
         "blocks": blocks,

@@ -22,8 +22,8 @@ from typing import Any
 
 import httpx
 
-from borg_serve import engine
 from borg_serve.config import load
+from borg_serve.device import prepare_environment, vllm_version
 from borg_serve.errors import BorgServeError
 from loadtests.bootstrap import Ratio, ratio
 from loadtests.contenders import GROUPS, Contender, Running, contenders
@@ -101,7 +101,7 @@ def measure(
     keep: Callable[[dict[str, Any]], None],
 ) -> None:
     """Run the whole comparison. After each round, `keep` gets the JSON document of all so far: it takes an hour."""
-    engine.prepare_environment()
+    prepare_environment()
     sets = [KV, *sets]
     profile = load(Path(config), sets)
     system = profile.identity.prompt.read_text(encoding="utf-8").strip()
@@ -137,7 +137,7 @@ def measure(
             found = {name: [asdict(result) for result in results] for name, results in blocks.items() if results}
             keep(
                 {
-                    "versions": {"vllm": engine.vllm_version(), "python": platform.python_version(), **_versions()},
+                    "versions": {"vllm": vllm_version(), "python": platform.python_version(), **_versions()},
                     "machine": {"processor": platform.machine(), "cores": len(os.sched_getaffinity(0))},
                     "rounds": number + 1,
                     "tokens": tokens,

@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import yaml
 
-from borg_serve import engine
+from borg_serve import engine_arguments
 from borg_serve.config import Config
+from borg_serve.device import prepare_environment
 from loadtests import clusters, servers
 
 __all__ = ["GROUPS", "Contender", "Running", "contenders"]
@@ -123,9 +124,9 @@ def _ours(config: Config, folder: Path, sets: Sequence[str]) -> Callable[[], Any
 
 def _stock(config: Config, folder: Path) -> Callable[[], Any]:
     """What the model and this machine need, and nothing else: block size, batch and sequences are vLLM's defaults."""
-    ours = engine.arguments(config, config.model.path, "")
+    ours = engine_arguments.build(config, config.model.path, "")
     needed = ("model", "served_model_name", "dtype", "max_model_len", "kv_cache_memory_bytes", "enforce_eager")
-    words = engine.command_line({name: ours[name] for name in needed})
+    words = engine_arguments.command_line({name: ours[name] for name in needed})
     return _plain("stock", lambda port: servers.stock(words, port), "/health", folder, servers.WITHOUT_OURS)
 
 
@@ -172,7 +173,7 @@ def _cluster(config: Config, folder: Path, sets: Sequence[str]) -> Callable[[], 
 def _ray(
     name: str, application: dict[str, Any], more: dict[str, str], ready: str, naming: str, folder: Path
 ) -> Iterator[Running]:
-    engine.prepare_environment()
+    prepare_environment()
     with clusters.running(name, application, folder, more, ready, naming) as server:
         time.sleep(SETTLE_S)
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from borg_serve import engine
 from borg_serve.config import load
+from borg_serve.device import prepare_environment
 from borg_serve.errors import EngineError
 from loadtests.tables import table, write
 
@@ -58,7 +58,7 @@ DIFFERENCES = """\
 
 def vllm(host: str, config: str, requests: int, rate: float, tokens: int, out: Path) -> dict[str, float]:
     """Run vLLM's benchmark; its figures."""
-    engine.prepare_environment()
+    prepare_environment()
     profile = load(Path(config))
     words = [f"--base-url={host}", "--endpoint=/v1/chat/completions", "--backend=openai-chat"]
     words += [f"--model={profile.model.served_name}", f"--tokenizer={profile.model.path}", "--dataset-name=random"]

@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from borg_serve import backend, engine
+from borg_serve import backend
+from borg_serve.device import prepare_environment
 
 PROMPT = 100
 """New tokens in every prompt."""
@@ -45,7 +46,7 @@ def main() -> None:
         "--profile", type=Path, help="a directory for a trace of every case, for `python -m loadtests.kernels`"
     )
     arguments = parser.parse_args()
-    engine.prepare_environment()
+    prepare_environment()
     if arguments.attention != "shared":
         os.environ["VLLM_PLUGINS"] = ""  # vLLM as it is: our plugin would also keep the prefix's hashes
     from vllm import LLM, SamplingParams

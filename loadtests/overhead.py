@@ -17,8 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from borg_serve import engine
+from borg_serve import engine_arguments
 from borg_serve.config import load
+from borg_serve.device import prepare_environment, vllm_version
 from loadtests import servers
 from loadtests.bootstrap import ratio
 from loadtests.streaming import body, closed_loop
@@ -64,10 +65,10 @@ async def block(server: servers.Server, system: str | None, users: int, requests
 
 def measure(config: str, rounds: int) -> dict[str, Any]:
     """Run the whole comparison; its JSON document."""
-    engine.prepare_environment()
+    prepare_environment()
     profile = load(Path(config))
     system = profile.identity.prompt.read_text(encoding="utf-8").strip()
-    arguments = engine.arguments(profile, profile.model.path, "")
+    arguments = engine_arguments.build(profile, profile.model.path, "")
     for name in ("chat_template", "allowed_origins", "disable_fastapi_docs", "distributed_executor_backend"):
         arguments.pop(name, None)
     folder = Path(tempfile.mkdtemp(prefix="borg-overhead-"))
@@ -75,7 +76,7 @@ def measure(config: str, rounds: int) -> dict[str, Any]:
     blocks: dict[str, list[Block]] = {"ours": [], "stock": []}
     with servers.running("ours", servers.ours(config, port_a), port_a, "/ready", folder / "ours.log") as ours:
         ours.pause()
-        command = servers.stock(engine.command_line(arguments), port_b)
+        command = servers.stock(engine_arguments.command_line(arguments), port_b)
         with servers.running(
             "stock", command, port_b, "/health", folder / "stock.log", more=servers.WITHOUT_OURS
         ) as stock:
@@ -96,7 +97,7 @@ def measure(config: str, rounds: int) -> dict[str, Any]:
             rss, start_s = ours.rss_bytes(), ours.start_s
     return {
         "command": f"python -m loadtests.overhead --config {config} --rounds {rounds}",
-        "versions": {"vllm": engine.vllm_version(), "python": platform.python_version()},
+        "versions": {"vllm": vllm_version(), "python": platform.python_version()},
         "machine": {"processor": platform.machine(), "cores": len(os.sched_getaffinity(0))},
         "start_s": round(start_s, 1),
         "rss_bytes": rss,

@@ -22,10 +22,10 @@ import psutil
 from ray import serve
 from ray.serve.deployment import Application
 
-from borg_serve import engine
 from borg_serve.admission import Admission
 from borg_serve.cluster import Arguments, BorgServer, compose
 from borg_serve.config import Config, load
+from borg_serve.device import prepare_environment
 from borg_serve.exchange import Receive, Scope, Send
 from borg_serve.gate import Gate
 from borg_serve.preparation import prepare
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     arguments = parser.parse_args()
-    engine.prepare_environment()
+    prepare_environment()
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(*row, arguments.rounds, arguments.seconds, Path(folder)) for row in ROWS]
     document = {

@@ -19,8 +19,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from borg_serve import engine, identity, preparation, template
+from borg_serve import identity, preparation, template
 from borg_serve.config import Config, load
+from borg_serve.device import prepare_environment, vllm_version
 from loadtests import servers
 from loadtests.contenders import contenders
 from loadtests.streaming import WORDS, body, closed_loop
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
-    engine.prepare_environment()
+    prepare_environment()
     config, folder = load(arguments.config), Path(tempfile.mkdtemp(prefix="borg-tails-"))
     print(f"logs: {folder}", file=sys.stderr)
     shipped, identities = padded(config, arguments.tails, folder)
@@ -160,7 +161,7 @@ def main() -> None:
     document = {
         "command": f"python -m loadtests.tails --tails {' '.join(map(str, arguments.tails))} "
         f"--rounds {arguments.rounds}",
-        "vllm": engine.vllm_version(),
+        "vllm": vllm_version(),
         "machine": {"processor": platform.machine(), "cores": len(os.sched_getaffinity(0))},
         "rounds": arguments.rounds,
         "shipped": shipped % BLOCK,

@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 
 from borg_serve import demo
-from borg_serve.engine import prepare_environment
+from borg_serve.device import prepare_environment
 from loadtests import servers
 from tests import workers
 from tests.engine.collector import Collector, receiving

@@ -7,7 +7,7 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from borg_serve import attention, backend, engine, plugin
+from borg_serve import attention, backend, engine_arguments, plugin
 from borg_serve.config import Config, load
 from borg_serve.errors import EngineError
 
@@ -58,7 +58,7 @@ def test_backend_arguments_are_vllms() -> None:
     config = profile("engine.additional_config={other: 1}")
     shared = backend.choose(config, 2128, "cuda", 9)
     given = backend.arguments(config, shared, 2128)
-    parsed = engine.namespace({"model": "/x", **given})
+    parsed = engine_arguments.namespace({"model": "/x", **given})
     assert AttentionBackendEnum[parsed.attention_backend] == AttentionBackendEnum.CUSTOM
     assert parsed.additional_config == {"other": 1, backend.PREFIX_OPTION: 2128}
     assert backend.arguments(config, backend.choose(config, 2128, "cpu", None), 2128) == {}

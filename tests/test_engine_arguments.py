@@ -10,8 +10,9 @@ import pytest
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.executor.abstract import Executor
 
-from borg_serve import engine
+from borg_serve import engine, engine_arguments
 from borg_serve.config import Config, load
+from borg_serve.device import device, prepare_environment
 from borg_serve.errors import EngineError
 from borg_serve.preparation import Preparation
 
@@ -43,19 +44,19 @@ def with_engine(config: Config, **more: Any) -> Config:
 
 def test_arguments_are_what_vllm_understands(config: Config) -> None:
     """Each comes out of vLLM's own parser as it went in, whatever it looks like on a command line."""
-    given = engine.arguments(config, "/models/x", TEMPLATE)
-    parsed = vars(engine.namespace(given))
+    given = engine_arguments.build(config, "/models/x", TEMPLATE)
+    parsed = vars(engine_arguments.namespace(given))
     assert {name: parsed[name] for name in given} == given
 
 
 def test_arguments_hold_what_the_identity_stands_on(config: Config) -> None:
-    given = engine.arguments(config, "/models/x", TEMPLATE)
+    given = engine_arguments.build(config, "/models/x", TEMPLATE)
     assert given["enable_prefix_caching"] is True
     assert given["chat_template"] == TEMPLATE
     assert given["served_model_name"] == ["borg"]
     assert given["enable_prompt_tokens_details"] is True
     assert given["max_model_len"] == 4096
-    parsed = engine.namespace(given)
+    parsed = engine_arguments.namespace(given)
     assert parsed.trust_remote_code is False
     assert parsed.enable_prompt_embeds is False
     assert parsed.api_key is None
@@ -64,9 +65,11 @@ def test_arguments_hold_what_the_identity_stands_on(config: Config) -> None:
 
 def test_arguments_leave_no_way_to_overrule_them(config: Config) -> None:
     """Whatever the engine section says, what other sections decide stays decided."""
-    overruled = with_engine(config, **dict.fromkeys(engine.OURS, "mine"), chat_template="mine", tool_call_parser="mine")
-    plain = engine.arguments(config, "/models/x", TEMPLATE)
-    given = engine.arguments(overruled, "/models/x", TEMPLATE)
+    overruled = with_engine(
+        config, **dict.fromkeys(engine_arguments.OURS, "mine"), chat_template="mine", tool_call_parser="mine"
+    )
+    plain = engine_arguments.build(config, "/models/x", TEMPLATE)
+    given = engine_arguments.build(overruled, "/models/x", TEMPLATE)
     assert {name: value for name, value in given.items() if name in plain} == plain
 
 
@@ -74,16 +77,16 @@ def test_arguments_leave_no_way_to_overrule_them(config: Config) -> None:
 def test_arguments_pick_the_smallest_block_of_the_device(
     config: Config, monkeypatch: pytest.MonkeyPatch, device: str, block: int
 ) -> None:
-    monkeypatch.setattr(engine, "device", lambda: device)
-    assert engine.arguments(config, "/x", "")["block_size"] == block
-    assert engine.arguments(with_engine(config, block_size="auto"), "/x", "")["block_size"] == block
-    assert engine.arguments(with_engine(config, block_size=128), "/x", "")["block_size"] == 128
+    monkeypatch.setattr(engine_arguments, "device", lambda: device)
+    assert engine_arguments.build(config, "/x", "")["block_size"] == block
+    assert engine_arguments.build(with_engine(config, block_size="auto"), "/x", "")["block_size"] == block
+    assert engine_arguments.build(with_engine(config, block_size=128), "/x", "")["block_size"] == 128
 
 
-@pytest.mark.skipif(engine.device() != "cpu", reason="only vLLM's CPU platform adds a process")
+@pytest.mark.skipif(device() != "cpu", reason="only vLLM's CPU platform adds a process")
 def test_arguments_take_one_process_where_one_worker_computes(config: Config) -> None:
     def executor(**more: Any) -> str | None:
-        return engine.arguments(with_engine(config, **more), "/x", "").get("distributed_executor_backend")
+        return engine_arguments.build(with_engine(config, **more), "/x", "").get("distributed_executor_backend")
 
     found = executor()
     assert found is not None
@@ -94,7 +97,7 @@ def test_arguments_take_one_process_where_one_worker_computes(config: Config) ->
 
 
 def test_arguments_give_vllm_the_whole_time_to_drain(config: Config) -> None:
-    assert engine.arguments(config, "/x", "")["shutdown_timeout"] == 3
+    assert engine_arguments.build(config, "/x", "")["shutdown_timeout"] == 3
 
 
 @pytest.mark.parametrize(
@@ -111,23 +114,23 @@ def test_arguments_give_vllm_the_whole_time_to_drain(config: Config) -> None:
     ],
 )
 def test_command_line_says_each_kind_of_value_as_vllm_reads_it(name: str, value: object, words: list[str]) -> None:
-    assert engine.command_line({name: value}) == words
+    assert engine_arguments.command_line({name: value}) == words
 
 
 def test_namespace_refuses_in_vllms_words() -> None:
     with pytest.raises(EngineError, match=r"vLLM refuses the arguments: .*max-model-lenght"):
-        engine.namespace({"model": "/x", "max_model_lenght": 5})
+        engine_arguments.namespace({"model": "/x", "max_model_lenght": 5})
 
 
 # --------------------------------------------------------------------------------------------- the section
 
 
-@pytest.mark.parametrize("name", sorted(engine.OURS))
+@pytest.mark.parametrize("name", sorted(engine_arguments.OURS))
 def test_field_that_is_decided_elsewhere_is_refused_and_still_vllms(name: str) -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    (problem,) = engine.field_problems({name: 1}, "p.yaml")
+    (problem,) = engine_arguments.field_problems({name: 1}, "p.yaml")
     assert problem.where == f"p.yaml: engine.{name}"
     assert problem.what == "is decided elsewhere"
     parser = make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
@@ -150,7 +153,7 @@ def test_field_that_is_decided_elsewhere_is_refused_and_still_vllms(name: str) -
     ],
 )
 def test_field_that_vllm_does_not_know_or_take_is_explained(name: Any, value: object, said: str) -> None:
-    (problem,) = engine.field_problems({name: value}, "p.yaml")
+    (problem,) = engine_arguments.field_problems({name: value}, "p.yaml")
     assert problem.where == f"p.yaml: engine.{name}"
     assert problem.got == value
     assert said in str(problem)
@@ -158,7 +161,9 @@ def test_field_that_vllm_does_not_know_or_take_is_explained(name: Any, value: ob
 
 
 def test_field_problems_come_all_at_once() -> None:
-    found = engine.field_problems({"max_num_seqs": "many", "model": "x", "nonsense": 1, "block_size": "auto"}, "p.yaml")
+    found = engine_arguments.field_problems(
+        {"max_num_seqs": "many", "model": "x", "nonsense": 1, "block_size": "auto"}, "p.yaml"
+    )
     assert [problem.where for problem in found] == [
         f"p.yaml: engine.{n}" for n in ("max_num_seqs", "model", "nonsense")
     ]
@@ -174,7 +179,7 @@ def test_field_that_is_right_is_no_problem() -> None:
         "gpu_memory_utilization": 0.92,
         "kv_cache_dtype": "auto",
     }
-    assert engine.field_problems(good, "p.yaml") == []
+    assert engine_arguments.field_problems(good, "p.yaml") == []
 
 
 # --------------------------------------------------------------------------------------------------- the rest
@@ -184,7 +189,7 @@ def test_environment_keeps_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
-    engine.prepare_environment()
+    prepare_environment()
     assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"

@@ -21,12 +21,10 @@ from borg_serve.plan import (
     Plan,
     Workload,
     api_tokens_s,
-    document,
-    notes,
     plan,
     speed,
-    text,
 )
+from borg_serve.plan_text import document, notes, text
 
 H100 = GPUS["h100"]
 STOCK_H100 = replace(H100, two_passes=False)

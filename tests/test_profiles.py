@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from borg_serve import engine, identity
+from borg_serve import engine_arguments, identity
 from borg_serve.config import load
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -21,9 +21,9 @@ def test_profiles_folder_holds_profiles_and_identities_only() -> None:
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 def test_profile_loads_and_vllm_takes_its_engine_section(path: Path) -> None:
-    config = load(path, check_engine=engine.field_problems)
-    arguments = engine.arguments(config, config.model.path, "{{ messages }}")
-    parsed = engine.namespace(arguments)
+    config = load(path, check_engine=engine_arguments.field_problems)
+    arguments = engine_arguments.build(config, config.model.path, "{{ messages }}")
+    parsed = engine_arguments.namespace(arguments)
     assert parsed.enable_prefix_caching is True
     assert config.identity.prompt in IDENTITIES
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from borg_serve import demo, engine
+from borg_serve import demo, engine_arguments
 from borg_serve.config import Config, load
 from tests.cluster.conftest import ROOT, fits
 
@@ -20,7 +20,7 @@ def application(profile: str, *sets: str) -> dict[str, Any]:
 
 
 def config(profile: str, *sets: str) -> Config:
-    return load(ROOT / "configs" / f"{profile}.yaml", sets, engine.field_problems)
+    return load(ROOT / "configs" / f"{profile}.yaml", sets, engine_arguments.field_problems)
 
 
 def test_application_bounds_come_from_the_kv_cache() -> None:

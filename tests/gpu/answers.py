@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from borg_serve import backend, engine
+from borg_serve import backend
+from borg_serve.device import prepare_environment
 
 IDENTITY = Path(__file__).parents[2] / "configs" / "identity" / "borg-merge-v1.md"
 PROMPTS = 200
@@ -42,7 +43,7 @@ def alike(rows: list[list[int]]) -> int:
 
 def main(model: str, attention: str, out: str, *batches: str) -> None:
     """Answer the prompts at every batch size, the identity cached before."""
-    engine.prepare_environment()
+    prepare_environment()
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
 
