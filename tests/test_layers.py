@@ -14,6 +14,7 @@ LAYERS = (
     {"config"},
     {"checkpoint", "identity"},
     {"template"},
+    {"engine_arguments"},
     {"engine"},
     {"guard", "gate"},
     {"server", "cluster"},
@@ -22,7 +23,7 @@ LAYERS = (
 """From the ground up: a module imports none of a layer above its own, itself or through others."""
 
 OWNERS = {
-    "vllm": {"engine", "guard", "server", "frontends", "attention", "attention_kernels", "plugin"},
+    "vllm": {"engine_arguments", "engine", "guard", "server", "frontends", "attention", "attention_kernels", "plugin"},
     "ray": {"cluster", "routing", "mirror"},
     "gradio": {"ui"},
     "typer": {"cli"},
