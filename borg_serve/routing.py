@@ -12,7 +12,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.serve._private.common import ReplicaID
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
@@ -89,7 +88,7 @@ class ConversationRouter(ConsistentHashRouter):
 
     def initialize_state(self, **kwargs: Any) -> None:
         super().initialize_state(num_virtual_nodes=VIRTUAL_NODES, num_fallback_replicas=1_000_000, **kwargs)
-        self._flights: dict[ReplicaID, Flight] = {}
+        self._flights: dict[str, Flight] = {}
 
     def _routing_key(self, pending_request: PendingRequest | None) -> str | None:
         if pending_request is not None and not pending_request.metadata.session_id and pending_request.args:
@@ -108,14 +107,13 @@ class ConversationRouter(ConsistentHashRouter):
             return ranks
         replicas = {str(rank[0].replica_id): rank[0] for rank in ranks}
         now = time.monotonic()
-        self._flights = {rank[0].replica_id: self._flights.get(rank[0].replica_id, Flight()) for rank in ranks}
-        load = {name: self._load(replica, now) for name, replica in replicas.items()}
+        self._flights = {name: self._flights.get(name, Flight()) for name in replicas}
+        load = {name: self._load(name, replica.routing_stats, now) for name, replica in replicas.items()}
         places = {name: float(replica.routing_stats.get("places", math.inf)) for name, replica in replicas.items()}
-        tried = [replicas[name] for name in order(list(replicas), load, places)]
-        self._flights[tried[0].replica_id].sent.append(now)
-        return [[replica] for replica in tried]
+        tried = order(list(replicas), load, places)
+        self._flights[tried[0]].sent.append(now)
+        return [[replicas[name]] for name in tried]
 
-    def _load(self, replica: RunningReplica, now: float) -> int:
-        """The load that the replica last told, and what has not reached it by then."""
-        told = replica.routing_stats
-        return int(told.get("load", 0)) + self._flights[replica.replica_id].flying(int(told.get("arrived", 0)), now)
+    def _load(self, name: str, told: dict[str, Any], now: float) -> int:
+        """The load that a replica last told, and what had not reached it by then."""
+        return int(told.get("load", 0)) + self._flights[name].flying(int(told.get("arrived", 0)), now)
