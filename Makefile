@@ -16,7 +16,7 @@ HINT := "make setup: .venv is not complete, the next make starts it again. If to
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system serve chat cluster-demo test test-gpu test-pure check fix bench-overhead overload soak calibrate load compare tails crosscheck fuzz lock clean
+.PHONY: help setup system serve chat cluster-demo test test-gpu test-unit check fix bench-overhead overload soak calibrate load compare compare-runs tails crosscheck fuzz canary lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -36,7 +36,6 @@ setup: ## build .venv from requirements/cpu.txt, or do nothing when it is up to 
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e . && touch $@
 
 serve: setup ## serve a profile: make serve [PORT=8000] [PROFILE=demo-cpu]
-	@if [ $(PROFILE) = demo-cpu ]; then $(BIN)/borg-serve demo-model; fi
 	@$(BIN)/borg-serve serve --config configs/$(PROFILE).yaml --set server.port=$(PORT)
 
 # Whatever ends it, what it started ends before it; what it waits for runs in the background, so that a signal is heard at once.
@@ -61,12 +60,12 @@ test: setup system ## run every test that a CPU can run
 test-gpu: ## run the tests of a CUDA device, in an environment with borg-serve[gpu,test]: make test-gpu BORG_GPU_MODEL=DIRECTORY BORG_GPU_DEMO=DIRECTORY
 	BORG_GPU_MODEL=$(BORG_GPU_MODEL) BORG_GPU_DEMO=$(BORG_GPU_DEMO) python3 -m pytest -m gpu tests/gpu
 
-test-pure: setup ## run the tests that start nothing
-	$(BIN)/python -m pytest -m "not process and not load and not engine and not cluster and not gpu and not browser"
+test-unit: setup ## run the tests that start nothing and import neither vLLM nor torch
+	$(BIN)/python -m pytest tests/unit
 
-check: setup ## format, lint and types; changes nothing
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+check: setup ## format, lint, imports and types; changes nothing
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 fix: setup ## format, and mend what ruff can mend
@@ -74,32 +73,38 @@ fix: setup ## format, and mend what ruff can mend
 	$(BIN)/ruff format .
 
 bench-overhead: setup ## compare this server with vLLM's stock server, into docs/results/overhead.md and .json
-	$(BIN)/python -m loadtests.overhead
+	$(BIN)/python -m loadtests.experiments.overhead
 
 overload: setup ## ten times more load than fits for a minute, into docs/results/overload.md and .json
-	$(BIN)/python -m loadtests.overload
+	$(BIN)/python -m loadtests.experiments.overload
 
 soak: setup ## mixed load with aborts: make soak [MINUTES=20], into docs/results/soak.md and .json
-	$(BIN)/python -m loadtests.soak --minutes $(MINUTES)
+	$(BIN)/python -m loadtests.experiments.soak --minutes $(MINUTES)
 
 calibrate: setup ## the load generator's own error, into build/calibration.json and docs/results/calibration.md and .json
-	$(BIN)/python -m loadtests.calibrate
+	$(BIN)/python -m loadtests.experiments.calibrate
 
 load: LOCUST = --rate $(RATE) --duration $(DURATION) $(if $(filter-out 1,$(PROCESSES)),--processes $(PROCESSES)) $(ARGS)
 load: setup ## judge a running server: make load PROFILE=steady [HOST= RATE=1 DURATION=60 SLO= PROCESSES=1 WEB=1 ARGS=]; report in build/load
 	@$(BIN)/python -m loadtests.load $(patsubst demo-cpu,steady,$(PROFILE)) --host $(HOST) $(if $(SLO),--slo $(SLO)) $(if $(WEB),--web) $(LOCUST)
 
 compare: setup ## our server, vLLM's, Ray Serve LLM and the original app in turn: make compare [ROUNDS=5 ARGS=], into docs/results/compare-cpu.md
-	$(BIN)/python -m loadtests.compare --rounds $(ROUNDS) $(ARGS)
+	$(BIN)/python -m loadtests.experiments.compare --rounds $(ROUNDS) $(ARGS)
+
+compare-runs: setup ## two load reports beside each other: make compare-runs A=build/load/steady/run.json B=OTHER/run.json
+	@$(BIN)/python -m loadtests.report.comparison $(A) $(B) $(ARGS)
 
 tails: setup ## ours beside vLLM's server for identities that end elsewhere in a KV block, into docs/results/tails-cpu.md
-	$(BIN)/python -m loadtests.tails $(ARGS)
+	$(BIN)/python -m loadtests.experiments.tails $(ARGS)
 
 crosscheck: setup ## others' benchmarks beside ours on a running server: make crosscheck [HOST= ARGS=], into docs/results/crosscheck.md
-	$(BIN)/python -m loadtests.crosscheck --host $(HOST) $(ARGS)
+	$(BIN)/python -m loadtests.experiments.crosscheck --host $(HOST) $(ARGS)
 
 fuzz: setup ## hostile requests on every route of a real server: make fuzz [EXAMPLES=20000]
 	EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/engine/test_hypothesis.py
+
+canary: setup ## try another vLLM, into docs/results/canary-VLLM.md: make canary VLLM=0.33.0
+	$(BIN)/python -m tests.canary $(VLLM)
 
 lock: ## make requirements/cpu.txt anew from requirements/cpu.in and requirements/cpu-exclude.txt
 	$(PYTHON) -m venv --clear .venv-lock && .venv-lock/bin/python -m pip install pip==25.3

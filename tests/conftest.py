@@ -1,5 +1,6 @@
 """For all tests: the environment that vLLM needs, quick tests first, a watch on pauses, and a Redis."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -10,9 +11,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from borg_serve import demo
-from borg_serve.device import prepare_environment
-from loadtests import servers
+from borg_serve.checkpoint import demo
+from borg_serve.engine.environment import prepare_environment
+from loadtests.servers import local
 from tests import workers
 from tests.engine.collector import Collector, receiving
 from tests.engine.process import Server, living, running
@@ -20,6 +21,7 @@ from tests.stillness import Stillness
 from tests.waiting import wait_until
 
 prepare_environment()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Machines are shared and noisy: how long one example takes says nothing.
 hypothesis.settings.register_profile("borg", deadline=None)
 hypothesis.settings.load_profile("borg")
@@ -29,16 +31,22 @@ TIERS = ("process", "load", "engine", "browser", "cluster", "gpu")
 ORDER = ("pure", "process", "load", "engine", "browser", "ending", "cluster", "gpu")
 
 
+def _tier(path: Path) -> str:
+    """Return the folder of `tests` that a path lies in: a room of `tests/unit` may have the name of a tier."""
+    tests = Path(__file__).parent
+    return path.relative_to(tests).parts[0] if path != tests and path.is_relative_to(tests) else ""
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave the folder of a tier that is not asked for alone: importing what its tests import takes seconds."""
-    name = collection_path.name
+    name = _tier(collection_path)
     return True if name in TIERS and f"not {name}" in config.getoption("markexpr") else None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark what lies in the folder of a tier, and have what fails while the machine stands still run again."""
     item.add_marker(pytest.mark.flaky(reruns=2, condition=STILLNESS.happened))
-    tier = item.path.parent.name
+    tier = _tier(item.path)
     if tier in TIERS:
         item.add_marker(tier)
 
@@ -125,7 +133,7 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("no redis-server: `make system` as root installs it")
-    port = servers.free_port()
+    port = local.free_port()
     words = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no", "--dir"]
     folder = tmp_path_factory.mktemp("redis")
     with subprocess.Popen([program, *words, str(folder)], stdout=subprocess.DEVNULL) as process:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-from loadtests.records import Outcome, Record
+from loadtests.generator.records import Outcome, Record
 
 GOOD = Record(
     0, 0, 0, 0, True, 0, 1000, 101_000, 301_000, 302_000, [100_000, 100_000], 50, 40, 3, Outcome.OK, 200, "stop"

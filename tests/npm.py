@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from borg_serve.demo import default_directory
+from borg_serve.checkpoint.demo import default_directory
 
 
 def fetch(package: str, sha256: str, files: Sequence[str], name: str) -> Path:

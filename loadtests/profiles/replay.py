@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from borg_serve.errors import ConfigError, Problem
-from loadtests.arrivals import read_trace
-from loadtests.records import Record
-from loadtests.user import MeasuringUser, Profile
-from loadtests.workload import Session, Turn
+from loadtests.generator.arrivals import read_trace
+from loadtests.generator.records import Record
+from loadtests.generator.user import MeasuringUser, Profile
+from loadtests.generator.workload import Session, Turn
 
 __all__ = ["MeasuringUser", "Replay"]
 
 
 class Replay(Profile):
+    name = "replay"
+
     def check(self, options: Namespace) -> None:
         if options.trace is None:
             cure = "Name a CSV file: --trace loadtests/traces/example.csv."

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from borg_serve.errors import ConfigError, Problem
-from loadtests.arrivals import poisson
-from loadtests.records import Record
-from loadtests.saturation import Search
-from loadtests.slo import load
-from loadtests.user import MeasuringUser, Profile
-from loadtests.workload import WORKLOADS, Session, sessions
+from loadtests.generator.arrivals import poisson
+from loadtests.generator.records import Record
+from loadtests.generator.saturation import Search
+from loadtests.generator.user import MeasuringUser, Profile
+from loadtests.generator.workload import WORKLOADS, Session, sessions
+from loadtests.report.slo import load
 
 __all__ = ["MeasuringUser", "Saturation"]
 
@@ -21,6 +21,7 @@ NEED = 0.9
 
 
 class Saturation(Profile):
+    name = "saturation"
     rate = 0.0
 
     def check(self, options: Namespace) -> None:

@@ -1,5 +1,6 @@
-"""Real headless Chromium, and the two pages that the tests of this folder share: before the real server, and before a
-scripted one that says what the real one says rarely.
+"""Headless Chromium, and the two chat pages that the tests of this folder share.
+
+One page is a client of the real server, the other of a scripted API that gives the answers that are rare.
 """
 
 import re
@@ -20,12 +21,12 @@ from tests.scripted_api import Api
 
 AXE = "axe-core@4.11.0"
 AXE_SHA256 = "39bed7d72308f6d620789c169d699bfd7e8da80f65b545821a6b2215c3e83107"
-PATIENT_MS = 60_000
+PATIENT_MS = 120_000
 FIGURES = re.compile(r"\d+ tokens? · first after")
 """The line under an answer that has ended."""
 expect.set_options(timeout=PATIENT_MS)
 GREEDY = {"temperature": "0"}
-"""For questions that the demo then answers in a few words: a sampled answer may be hundreds, and minutes, long."""
+"""The demo then answers simple questions in a few words. A sampled answer may take minutes."""
 KEY = "borg-key-that-no-browser-may-see"
 
 
@@ -62,7 +63,7 @@ def adjust(tab: Page, numbers: Mapping[str, str]) -> None:
 
 
 def bubbles(tab: Page) -> Locator:
-    """Return the answers on the page, the one that is coming included."""
+    """Return the answers on the page, the unfinished one included."""
     return tab.locator("#chat [data-testid=bot]")
 
 
@@ -72,7 +73,7 @@ def answers(tab: Page) -> list[str]:
 
 @dataclass
 class ChatPage:
-    """The chat page's process; one after another may stand at its address."""
+    """The chat page's process. It can be stopped and started again at the same address."""
 
     api: str
     more: Sequence[str]
@@ -176,6 +177,6 @@ def user(browser: Browser, **options: object) -> Iterator[Page]:
 
 @pytest.fixture(scope="session")
 def axe() -> str:
-    """The source of axe-core, which finds what keeps people from using a page."""
+    """The source of axe-core, which checks a page for accessibility."""
     directory = npm.fetch(AXE, AXE_SHA256, ["axe.min.js"], "axe-core-4.11.0")
     return (directory / "axe.min.js").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The chat page's life: with the real server, left in mid-answer, started again, ended."""
+"""The chat page with the real server, and its process: left during an answer, restarted, ended."""
 
 import logging
 import os
@@ -14,8 +14,8 @@ import psutil
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from borg_serve.ui import storage_secret
-from loadtests import servers
+from borg_serve.chat_page.page import storage_secret
+from loadtests.servers import local
 from tests.browser.conftest import FIGURES, GREEDY, ChatPage, adjust, answers, bubbles, open_page, send, user
 from tests.engine.process import ROOT, Server, environment, free_port, living
 from tests.scripted_api import Api
@@ -35,25 +35,25 @@ def test_page_holds_a_conversation_of_three_turns(tab: Page, real: str) -> None:
 def test_page_that_is_left_frees_the_server(
     browser: Browser, real: str, server: Server, how: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """The stop button, and a tab that is closed in mid-answer: neither goes on costing anybody anything."""
+    """The stop button, or closing the tab, ends the request on the server."""
     idle = "vllm:num_requests_running", "borg_inflight", "vllm:kv_cache_usage_perc"
 
     def gone() -> float:
-        return servers.metric(server.base_url, "borg_requests_total", outcome="gone")
+        return local.metric(server.base_url, "borg_requests_total", outcome="gone")
 
     def free() -> bool:
-        return not any(servers.metric(server.base_url, name) for name in idle)
+        return not any(local.metric(server.base_url, name) for name in idle)
 
     wait_until("nobody else is served", free)
     before = gone()
     with user(browser) as tab:
         open_page(tab, real)
-        while gone() == before:  # an answer may be over before it can be stopped: then the next one is
+        while gone() == before:  # an answer may end before it can be stopped; then another one is asked for
             shown = len(answers(tab))
             send(tab, "Write down all numbers from one to one thousand in words, each on a line of its own.")
             expect(bubbles(tab)).to_have_count(shown + 1)
             expect(bubbles(tab).last).to_have_text(re.compile(r"\S"))
-            if not servers.metric(server.base_url, "vllm:kv_cache_usage_perc"):
+            if not local.metric(server.base_url, "vllm:kv_cache_usage_perc"):
                 continue
             if how == "stop":
                 tab.locator("#message .stop-button").click()
@@ -99,7 +99,7 @@ def test_page_secret_is_kept_for_its_owner_only(tmp_path: Path, caplog: pytest.L
     assert storage_secret(tmp_path / "other") != secret
     (tmp_path / "file").touch()
     # A module that vLLM's server imports leaves every handler of the root logger at ERROR, pytest's too.
-    with caplog.at_level(logging.WARNING, "borg_serve.ui"):
+    with caplog.at_level(logging.WARNING, "borg_serve.chat_page.page"):
         assert storage_secret(tmp_path / "file" / "page-secret") != secret
     assert "lost at the next start" in caplog.text
 
@@ -113,11 +113,11 @@ def test_make_chat_leaves_no_process_when_it_is_ended(api: Api) -> None:
         page = f"http://127.0.0.1:{port}"
         try:
             wait_until("the page answers", lambda: answers_at(page), 300)
-            family = psutil.Process(process.pid).children(recursive=True)
-            assert family
+            processes = psutil.Process(process.pid).children(recursive=True)
+            assert processes
             process.terminate()
             process.wait(60)
-            assert living(family) == []
+            assert living(processes, within_s=60) == []
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

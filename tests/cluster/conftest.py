@@ -21,10 +21,10 @@ import psutil
 import pytest
 import yaml
 
-from borg_serve import capacity, report
 from borg_serve.config import load as profile
-from loadtests import clusters, servers
-from loadtests.servers import LOOK
+from borg_serve.engine import memory, report
+from loadtests.servers import clusters, local
+from loadtests.servers.local import LOOK
 from tests import workers
 from tests.conftest import Redis
 from tests.engine.process import environment as environment_of_a_user
@@ -41,7 +41,7 @@ GENTLE = {
     "limits.deadline_s": 180,
     "limits.stall_s": 60,
     "engine.kv_cache_memory_bytes": 1 << 30,
-    "server.processes": 4,  # for one machine: a replica has one, and all places
+    "server.processes": 4,  # for one machine: a replica has one API process, and all slots
     **workers.SETTINGS,
 }
 FIRST_PORT = 31000
@@ -106,14 +106,14 @@ class Cluster:
                     found.append(Replica(version["replica"], url, version))
         return sorted(found, key=lambda replica: replica.name)
 
-    def family(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
         """Return every living process that descends from this cluster: they inherit its mark."""
-        return servers.marked(MARK, self.environment[MARK])
+        return local.marked(MARK, self.environment[MARK])
 
     def process_of(self, replica: Replica) -> psutil.Process:
         """Return the process that listens on the replica's port."""
         port = int(replica.url.rpartition(":")[2])
-        (found,) = [process for process in self.family() if port in _listened(process)]
+        (found,) = [process for process in self.processes() if port in _listened(process)]
         return found
 
     def engine_of(self, replica: Replica) -> psutil.Process:
@@ -187,8 +187,8 @@ def _end(url: str, body: dict[str, Any]) -> str:
 
 def fits(*sets: str) -> int:
     """Return how many requests' own tokens the demo's KV cache holds with these settings."""
-    memory = report.effective(profile(ROOT / "configs/demo-cpu.yaml", sets))["memory"]
-    return int((memory["kv_tokens"] - memory["identity_shared_tokens"]) // capacity.OWN_TOKENS)
+    plan = report.effective(profile(ROOT / "configs/demo-cpu.yaml", sets))["memory"]
+    return int((plan["kv_tokens"] - plan["identity_shared_tokens"]) // memory.OWN_TOKENS)
 
 
 def configuration(checkpoint: Path, port: int, **changes: object) -> dict[str, Any]:
@@ -288,9 +288,9 @@ def shared_cluster(checkpoint: Path, redis: Redis, tmp_path_factory: pytest.Temp
         process.send_signal(signal.SIGTERM)
         process.wait(END_S)
         nodes.end()
-        wait_until("every process of the cluster has ended", lambda: not cluster.family(), END_S)
+        wait_until("every process of the cluster has ended", lambda: not cluster.processes(), END_S)
     finally:
-        for left in cluster.family():
+        for left in cluster.processes():
             with suppress(psutil.NoSuchProcess):
                 left.kill()
         nodes.end()

@@ -6,21 +6,22 @@ from typing import Any
 
 import pytest
 
-from borg_serve import demo, engine_arguments
+from borg_serve.checkpoint import demo
 from borg_serve.config import Config, load
+from borg_serve.engine import arguments
 from tests.cluster.conftest import ROOT, fits
 
 
 def application(profile: str, *sets: str) -> dict[str, Any]:
-    from borg_serve import cluster
+    from borg_serve.cluster import app
 
-    found = cluster.application(config(profile, *sets))
+    found = app.application(config(profile, *sets))
     json.dumps(found)
     return found
 
 
 def config(profile: str, *sets: str) -> Config:
-    return load(ROOT / "configs" / f"{profile}.yaml", sets, engine_arguments.field_problems)
+    return load(ROOT / "configs" / f"{profile}.yaml", sets, arguments.field_problems)
 
 
 def test_application_bounds_come_from_the_kv_cache() -> None:

@@ -1,4 +1,4 @@
-"""Two replicas behind HAProxy: the identity, the door, conversations, metrics, and what happens when one is lost."""
+"""Two replicas behind HAProxy: the identity, the gate, conversations, metrics, and what happens when one is lost."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import openai
 
-from loadtests.servers import LOOK
+from loadtests.servers.local import LOOK
 from tests import promql, workers
 from tests.cluster.conftest import GENTLE, ROOT, Cluster, fits
 from tests.waiting import wait_until
@@ -53,7 +53,7 @@ def test_cluster_puts_the_identity_first(cluster: Cluster) -> None:
     assert [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason]
 
 
-def test_cluster_has_the_same_door(cluster: Cluster) -> None:
+def test_cluster_has_the_same_gate(cluster: Cluster) -> None:
     attack = ask(cluster, "Hi", kv_transfer_params={"prompt_token_ids": [1, 2, 3, 4]})
     assert attack.status_code == 400
     assert attack.json()["error"]["param"] == "kv_transfer_params"
@@ -69,7 +69,7 @@ def test_cluster_replicas_are_identical(cluster: Cluster) -> None:
     assert first.version["identity"] == second.version["identity"]
 
 
-def test_cluster_replicas_have_all_places_of_their_engines(cluster: Cluster) -> None:
+def test_cluster_replicas_have_all_slots_of_their_engines(cluster: Cluster) -> None:
     sets = [f"{key}={json.dumps(value)}" for key, value in {**GENTLE, "model.path": str(cluster.checkpoint)}.items()]
     for replica in cluster.replicas():
         assert f"borg_places {fits(*sets):.1f}" in LOOK.get(f"{replica.url}/metrics", timeout=30).text.splitlines()

@@ -17,7 +17,7 @@ BROKEN = {"RemoteProtocolError", "ReadError", "ConnectError"}
 
 def named(cluster: Cluster, word: str) -> psutil.Process:
     """Return the one process of the cluster whose program has this name."""
-    (found,) = [process for process in cluster.family() if process.name() == word]
+    (found,) = [process for process in cluster.processes() if process.name() == word]
     return found
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from borg_serve import demo
-from loadtests import clusters
+from borg_serve.checkpoint import demo
+from loadtests.servers import clusters
 from tests.cluster.conftest import GENTLE, load
 from tests.waiting import wait_until
 

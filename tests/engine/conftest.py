@@ -9,6 +9,11 @@ import pytest
 from tests.engine.process import Server
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Load Schemathesis's plugin for the tests of this folder alone: it takes seconds."""
+    config.pluginmanager.import_plugin("schemathesis.pytest.plugin")
+
+
 @pytest.fixture(scope="session")
 def http(server: Server) -> Iterator[httpx.Client]:
     """A plain HTTP client of the shared server."""

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from borg_serve.checkpoint import write_manifest
-from loadtests.api_process import reshaped
+from borg_serve.checkpoint.check import write_manifest
+from loadtests.experiments.api_process import reshaped
 
 HEADS, KV_HEADS, HEAD_DIM = 12, 4, 64
 

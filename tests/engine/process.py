@@ -16,7 +16,7 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtests.servers import LOOK, lives
+from loadtests.servers.local import LOOK, lives
 from tests import workers
 
 ROOT = Path(__file__).parents[2]

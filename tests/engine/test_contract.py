@@ -10,8 +10,9 @@ import httpx
 import openai
 import pytest
 
-from borg_serve import identity
-from borg_serve.manifest import read_manifest
+from borg_serve.checkpoint.manifest import read_manifest
+from borg_serve.identity.text import load_identity
+from borg_serve.upstream import PINS
 from tests import qwen
 from tests.engine.process import ROOT, Server
 
@@ -56,12 +57,12 @@ def test_contract_head_is_get_without_a_body(http: httpx.Client, path: str) -> N
 
 def test_contract_version_names_the_identity_and_the_checkpoint(http: httpx.Client, checkpoint: Path) -> None:
     version = http.get("/version").json()
-    text = identity.load(ROOT / "configs" / "identity" / "borg-merge-v1.md")
+    text = load_identity(ROOT / "configs" / "identity" / "borg-merge-v1.md")
     assert version["identity"] == {"sha256": text.sha256, "tokens": len(qwen.prefix("smollm2").token_ids)}
     manifest = read_manifest(checkpoint)
     assert manifest is not None
-    assert version["checkpoint"] == {"root": manifest.root}
-    assert version["vllm"] == "0.29.0"
+    assert version["checkpoint"] == {"root": manifest.root, "revision": None}
+    assert version["vllm"] == PINS["vllm"][1]
     assert version["model"] == "borg-merge-v1"
     assert set(version) == {"borg_serve", "vllm", "ray", "python", "model", "identity", "checkpoint"}
 
@@ -69,6 +70,10 @@ def test_contract_version_names_the_identity_and_the_checkpoint(http: httpx.Clie
 def test_contract_models_lists_the_served_name_and_no_path(client: openai.OpenAI, http: httpx.Client) -> None:
     (model,) = list(client.models.list())
     assert model.id == "borg-merge-v1"
+    assert model.to_dict()["max_model_len"] == 8192
+    assert client.models.retrieve("borg-merge-v1") == model
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-4")
     assert "/" not in http.get("/v1/models").text
 
 
@@ -99,7 +104,7 @@ def test_contract_metrics_count_requests_by_route_and_outcome(server: Server, ht
         *(("POST", path) for path in ("/inference/v1/generate", "/generative_scoring", "/abort_requests", "/sleep")),
         *(("POST", path) for path in ("/v1/chat/completions/render", "/v1/chat/completions/batch", "/v1/completions/")),
         *(("GET", path) for path in ("/docs", "/redoc", "/load", "/ping", "/server_info", "/", "//health", "/HEALTH")),
-        *(("GET", path) for path in ("/v1/chat/completions/", "/metrics/", "/v1/models/borg-merge-v1", "/static/x.js")),
+        *(("GET", path) for path in ("/v1/chat/completions/", "/metrics/", "/v1/models/", "/static/x.js")),
     ],
 )
 def test_contract_other_routes_are_not_there(http: httpx.Client, method: str, path: str) -> None:

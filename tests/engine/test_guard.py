@@ -5,112 +5,41 @@ The gate lets none of this through, so here is an engine without one.
 
 import asyncio
 import json
-import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
-import httpx
 import pytest
 import pytest_asyncio
-from prometheus_client import REGISTRY
 
-from borg_serve import engine, guard, preparation, server, template
-from borg_serve.config import Probe, load
+from borg_serve.config import Probe
+from borg_serve.engine.client import heartbeat, probe, start, warm
+from borg_serve.engine.guard import IdentityMissing, violation
 from borg_serve.errors import EngineError
-from borg_serve.guard import IdentityMissing
-from borg_serve.preparation import Preparation
-from tests import workers
-from tests.engine.process import PROFILE
-
-if TYPE_CHECKING:
-    from vllm.v1.engine import EngineCoreRequest
-    from vllm.v1.engine.async_llm import AsyncLLM
+from tests.engine.inside import (
+    Engine,
+    causes,
+    core_request,
+    generate,
+    params,
+    prompts,
+    refusals,
+    running_engine,
+    served,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 STRANGE = [1, 2, 3, 4]
 
 
-@dataclass
-class Engine:
-    """A guarded engine, and what its tests compare it with."""
-
-    client: "AsyncLLM"
-    prepared: Preparation
-    tokenize: Callable[[Any, Any], Awaitable[Any]]
-    """vLLM's own tokenisation, of the whole prompt."""
-    steps: list[float] = field(default_factory=list)
-
-    @property
-    def identity(self) -> list[int]:
-        return list(self.prepared.prefix.token_ids)
-
-    def unfinished(self) -> int:
-        count: int = self.client.get_num_unfinished_requests()
-        return count
-
-    async def settled_steps(self) -> int:
-        """The number of the engine's steps so far, once the last of them has been reported."""
-        count = -1
-        while count != len(self.steps):
-            count = len(self.steps)
-            await asyncio.sleep(0.3)
-        return count
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module", name="living")
 async def living_engine(checkpoint: Path) -> AsyncIterator[Engine]:
-    """An engine behind the guard, warm."""
-    sets = {"model.path": checkpoint, "engine.kv_cache_memory_bytes": 1 << 30, **workers.SETTINGS}
-    config = load(PROFILE, [f"{key}={value}" for key, value in sets.items()])
-    prepared = await asyncio.to_thread(preparation.prepare, config)
-    steps: list[float] = []
-    client = await asyncio.to_thread(engine.start, prepared.args, None, lambda: steps.append(time.monotonic()))
-    try:
-        guard.install(client, prepared.prefix.token_ids)
-        stock = client.renderer._tokenize_singleton_prompt_async
-        engine.share_tokens(client, prepared.prefix)
-        await engine.warm(client, prepared.warm_up_ids, len(prepared.prefix.token_ids))
-        yield Engine(client, prepared, stock, steps)
-    finally:
-        client.shutdown(timeout=2)
-
-
-def refusals() -> float:
-    return REGISTRY.get_sample_value("borg_guard_refusals_total") or 0.0
-
-
-def params(**more: Any) -> Any:
-    from vllm.sampling_params import SamplingParams
-
-    return SamplingParams(max_tokens=4, temperature=0.5, **more)
-
-
-def core_request(ids: list[int] | None, **more: Any) -> "EngineCoreRequest":
-    from vllm.v1.engine import EngineCoreRequest
-
-    fields: dict[str, Any] = {
-        "request_id": f"mine-{random.random()}",
-        "prompt_token_ids": ids,
-        "mm_features": None,
-        "sampling_params": params(),
-        "pooling_params": None,
-        "arrival_time": time.time(),
-        "lora_request": None,
-        "cache_salt": None,
-        "data_parallel_rank": None,
-    }
-    return EngineCoreRequest(**fields | more)
-
-
-async def generate(living: Engine, prompt: Any, **sampling: Any) -> Any:
-    last = None
-    async for output in living.client.generate(prompt, params(**sampling), f"try-{random.random()}"):
-        last = output
-    return last
+    """An engine behind the guard, warm; all the tests of this file share it."""
+    async with running_engine(checkpoint) as living:
+        yield living
 
 
 # --------------------------------------------------------------------------------------------------- the guard
@@ -262,19 +191,17 @@ async def test_guard_holds_where_vllms_own_routes_are_open(living: Engine) -> No
         ("/v1/responses", {"model": "borg-merge-v1", "input": "x " * 9000, "truncation": "auto"}),
     ]
     before, steps = refusals(), await living.settled_steps()
-    async with server.vllm_app(living.prepared, living.client) as app:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as http:
-            for path, body in attempts:
-                answer = await http.post(path, json=body)
-                failed = answer.status_code >= 400 or b'"error"' in answer.content
-                assert failed, f"{path} {body}: {answer.text[:300]}"
-            assert refusals() - before >= 8
-            assert living.unfinished() == 0
-            assert await living.settled_steps() == steps, "the engine must not have begun anything"
-            answer = await http.post("/v1/chat/completions", json=chat)
-            assert answer.status_code == 200, answer.text
-            assert answer.json()["usage"]["prompt_tokens"] > len(living.identity)
+    async with served(living) as http:
+        for path, body in attempts:
+            answer = await http.post(path, json=body)
+            failed = answer.status_code >= 400 or b'"error"' in answer.content
+            assert failed, f"{path} {body}: {answer.text[:300]}"
+        assert refusals() - before >= 8
+        assert living.unfinished() == 0
+        assert await living.settled_steps() == steps, "the engine must not have begun anything"
+        answer = await http.post("/v1/chat/completions", json=chat)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["prompt_tokens"] > len(living.identity)
 
 
 async def test_guard_cost_is_reported(living: Engine, record_property: Callable[[str, object], None]) -> None:
@@ -282,88 +209,89 @@ async def test_guard_cost_is_reported(living: Engine, record_property: Callable[
     ids, rounds = living.identity, 2000
     begun = time.perf_counter()
     for _ in range(rounds):
-        assert guard.violation(request, ids) is None
+        assert violation(request, ids) is None
     microseconds = (time.perf_counter() - begun) / rounds * 1e6
     record_property("guard_us_per_request", round(microseconds, 2))
     print(f"guard: {microseconds:.1f} µs a request of {len(ids) + 300} tokens")
 
 
-def causes(error: BaseException) -> list[BaseException]:
-    found = [error]
-    while (error := error.__cause__ or error.__context__) is not None:  # type: ignore[assignment]
-        found.append(error)
-    return found
-
-
 # --------------------------------------------------------------------------------------- shared tokenisation
 
 
-def prompts(prepared: Preparation) -> list[str]:
-    """Rendered conversations of many kinds, then texts that merely resemble a prompt."""
-    chance = random.Random(0)
-    alphabet = [
-        *"abc XYZ 019 .,!?\n\t\"'{}<|>",
-        "\u200b",
-        "é",
-        "e\u0301",
-        "你",
-        "好",
-        "😀",
-        "👩\u200d👧",
-        "\u2028",
-        "  ",
-        "ß",
-    ]
-    tokenizer = preparation.load_tokenizer(prepared.directory)
+async def tokenised(renderer: Any, prompt: dict[str, Any], special: bool) -> tuple[list[int], list[int]]:
+    """The token ids of a prompt: vLLM's own, and ours."""
+    from vllm.renderers.hf import HfRenderer
+    from vllm.renderers.params import TokenizeParams
 
-    def text(size: int) -> str:
-        return "".join(chance.choices(alphabet, k=size))
-
-    rendered = []
-    for index in range(240):
-        size = 12_000 if index % 40 == 0 else chance.randrange(0, 60)
-        messages = [{"role": "user", "content": text(size)}]
-        if index % 3:
-            messages.insert(0, {"role": "system", "content": text(chance.randrange(0, 40))})
-        if index % 4 == 0:
-            messages += [{"role": "assistant", "content": text(9)}, {"role": "user", "content": text(9)}]
-        rendered.append(template.render(tokenizer, prepared.chat_template, messages, None))
-    beginning = prepared.prefix.text
-    strange = [
-        "",
-        "x",
-        beginning[:-1],
-        beginning,
-        beginning + prepared.prefix.follows,
-        beginning + "zzz",
-        beginning[1:],
-    ]
-    return [*rendered, *strange]
+    params = TokenizeParams(max_total_tokens=None, add_special_tokens=special)
+    stock: Any = await HfRenderer.tokenize_prompt_async(renderer, cast(Any, dict(prompt)), params)
+    ours = await renderer.tokenize_prompt_async(dict(prompt), params)
+    return stock["prompt_token_ids"], ours["prompt_token_ids"]
 
 
 async def test_shared_tokens_are_those_of_the_whole_text(living: Engine) -> None:
-    from vllm.renderers.params import TokenizeParams
-
-    renderer = living.client.renderer
-    whole = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
     shared = 0
     for prompt in prompts(living.prepared):
-        expected = await living.tokenize({"prompt": prompt}, whole)
-        got = await renderer._tokenize_singleton_prompt_async({"prompt": prompt}, whole)
-        assert got["prompt_token_ids"] == expected["prompt_token_ids"], prompt[-200:]
-        shared += got["prompt_token_ids"][: len(living.identity)] == living.identity
+        stock, ours = await tokenised(living.client.renderer, {"prompt": prompt}, special=False)
+        assert ours == stock, prompt[-200:]
+        shared += ours[: len(living.identity)] == living.identity
     assert shared >= 240
 
 
 async def test_shared_tokens_leave_other_tokenisation_to_vllm(living: Engine) -> None:
-    from vllm.renderers.params import TokenizeParams
-
-    renderer: Any = living.client.renderer
-    special = TokenizeParams(max_total_tokens=None, add_special_tokens=True)
     for prompt in ({"prompt": "Hello"}, {"prompt_token_ids": STRANGE}):
-        expected = await living.tokenize(dict(prompt), special)
-        got = await renderer._tokenize_singleton_prompt_async(dict(prompt), special)
-        assert got["prompt_token_ids"] == expected["prompt_token_ids"]
+        stock, ours = await tokenised(living.client.renderer, prompt, special=True)
+        assert ours == stock
+
+
+async def test_shared_tokens_are_tokenised_once(living: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the served application asks of the tokenizer is a rest far shorter than the identity."""
+    renderer: Any = living.client.renderer
+    lengths: list[int] = []
+    encode = renderer.tokenizer.encode
+
+    def noted(text: str, **more: Any) -> Any:
+        lengths.append(len(text))
+        return encode(text, **more)
+
+    monkeypatch.setattr(renderer.tokenizer, "encode", noted)
+    body = {"model": "borg-merge-v1", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    async with served(living) as http:
+        lengths.clear()
+        answer = await http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["prompt_tokens"] > len(living.identity)
+    assert lengths
+    assert max(lengths) < 500 < len(living.prepared.prefix.text)
+
+
+# --------------------------------------------------------------------------------------------- sampling defaults
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"temperature": 0.3}, {"top_p": 0.5}, {"max_tokens": 5000}, {"max_completion_tokens": 2}],
+    ids=lambda own: next(iter(own), "none"),
+)
+async def test_defaults_are_used_where_a_client_names_no_value(
+    living: Engine, monkeypatch: pytest.MonkeyPatch, own: dict[str, Any]
+) -> None:
+    """5000 tokens are more than the default: it must not be an upper bound."""
+    seen: list[Any] = []
+
+    def stopped(_: Any, sampling: Any, *rest: Any, **more: Any) -> Any:
+        seen.append(sampling)
+        raise RuntimeError("this test needs no answer")
+
+    monkeypatch.setattr(living.client, "generate", stopped)
+    body = {"model": "borg-merge-v1", "messages": [{"role": "user", "content": "Hello"}]}
+    async with served(living) as http:
+        assert (await http.post("/v1/chat/completions", json=body | own)).status_code == 500
+    limits = living.prepared.config.limits
+    given = {"temperature": limits.temperature, "top_p": limits.top_p, "max_tokens": limits.default_max_tokens} | own
+    given["max_tokens"] = given.pop("max_completion_tokens", given["max_tokens"])
+    (sampling,) = seen
+    assert {name: getattr(sampling, name) for name in given} == given
 
 
 # -------------------------------------------------------------------------------------- warm-up, probe, pulse
@@ -373,43 +301,35 @@ async def test_probe_accepts_the_recorded_answer_only(living: Engine) -> None:
     prepared = living.prepared
     recorded = prepared.config.model.probe
     assert recorded is not None
-    answer = await engine.probe(living.client, prepared.probe_ids, recorded)
+    answer = await probe(living.client, prepared.probe_ids, recorded)
     assert answer == "The capital of France is Paris."
     with pytest.raises(EngineError, match="must be answered 'The capital of Spain', got 'The capital of France"):
-        await engine.probe(living.client, prepared.probe_ids, Probe(question="?", answer="The capital of Spain"))
+        await probe(living.client, prepared.probe_ids, Probe(question="?", answer="The capital of Spain"))
 
 
 async def test_warm_up_proves_that_the_identity_is_shared(living: Engine) -> None:
     tokens = len(living.identity)
-    assert await engine.warm(living.client, living.prepared.warm_up_ids, tokens) >= tokens // 32 * 32
+    assert await warm(living.client, living.prepared.warm_up_ids, tokens) >= tokens // 32 * 32
     with pytest.raises(EngineError, match="the identity is not shared: 9984 tokens expected, got 23"):
-        await engine.warm(living.client, living.prepared.warm_up_ids, 10_000)
+        await warm(living.client, living.prepared.warm_up_ids, 10_000)
 
 
 async def test_heartbeat_moves_the_clock_of_progress(living: Engine) -> None:
     steps = len(living.steps)
-    await engine.heartbeat(living.client, living.prepared.warm_up_ids)
+    await heartbeat(living.client, living.prepared.warm_up_ids)
     assert len(living.steps) > steps
 
 
 async def test_heartbeat_computes_one_token_from_the_second_time_on(living: Engine) -> None:
-    await engine.heartbeat(living.client, living.prepared.warm_up_ids)
-    assert await engine.heartbeat(living.client, living.prepared.warm_up_ids) == 1
-
-
-async def test_install_refuses_an_empty_identity_and_a_moved_engine(living: Engine) -> None:
-    with pytest.raises(EngineError, match="the identity has no tokens"):
-        guard.install(living.client, [])
-    moved: Any = type("Moved", (), {"engine_core": type("Core", (), {})()})()
-    with pytest.raises(EngineError, match=r"vLLM moved Moved\._add_request"):
-        guard.install(moved, STRANGE)
+    await heartbeat(living.client, living.prepared.warm_up_ids)
+    assert await heartbeat(living.client, living.prepared.warm_up_ids) == 1
 
 
 async def test_start_says_why_vllm_refused(living: Engine) -> None:
     args = living.prepared.args
     wrong = type(args)(**{**vars(args), "max_model_len": 100_000})
     with pytest.raises(EngineError, match=r"it did not start, got (.|\n)*max_model_len"):
-        await asyncio.to_thread(engine.start, wrong, None, lambda: None)
+        await asyncio.to_thread(start, wrong, living.prepared.prefix, None, lambda: None)
 
 
 async def test_arguments_travel_between_processes(living: Engine) -> None:

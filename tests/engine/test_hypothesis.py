@@ -17,12 +17,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from borg_serve.chat import ChatRequest
-from borg_serve.refusal import REFUSED
+from borg_serve.api.chat_models import ChatRequest
 from tests import chats, qwen
 from tests.engine.process import Server
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "520"))
+EXAMPLES = int(os.environ.get("EXAMPLES", "200"))
 AT_ONCE = 8
 BLOCK_TOKENS = 32
 ROUTES = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
@@ -35,7 +34,9 @@ PIECES = (
     "\\u003c|im_end|\\u003e", "&lt;|im_end|&gt;", "data: [DONE]\n\n", "\r\n\r\n", "a" * 300, "../../etc/passwd",
 )  # fmt: skip
 hostile = st.lists(st.sampled_from(PIECES) | chats.texts, max_size=5).map("".join)
-fields = {name: st.none() | chats.values | hostile for name in sorted({*REFUSED, *ChatRequest.model_fields})}
+fields = {
+    name: st.none() | chats.values | hostile for name in sorted({*ChatRequest.REFUSED, *ChatRequest.model_fields})
+}
 
 
 def _chat(request: dict[str, Any]) -> dict[str, Any]:

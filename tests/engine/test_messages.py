@@ -44,7 +44,12 @@ def prompt_tokens(usage: Any) -> int:
 
 
 def test_messages_answers_anthropic_client(claude: anthropic.Anthropic) -> None:
-    answer = claude.messages.create(model=MODEL, messages=CAPITAL, max_tokens=24, extra_body=GREEDY)
+    raw = claude.messages.with_raw_response.create(
+        model=MODEL, messages=CAPITAL, max_tokens=24, extra_body=GREEDY, extra_headers={"x-request-id": "mine"}
+    )
+    answer = raw.parse()
+    assert (raw.request_id, answer.id) == ("mine", "msg_mine")
+    assert claude.models.retrieve(MODEL) == claude.models.list().data[0]
     assert "Paris" in text(answer)
     assert (answer.stop_reason, answer.model, answer.role) == ("end_turn", MODEL, "assistant")
     assert prompt_tokens(answer.usage) > 2000
@@ -54,8 +59,14 @@ def test_messages_answers_anthropic_client(claude: anthropic.Anthropic) -> None:
 def test_messages_stream_adds_up_to_the_whole_answer(claude: anthropic.Anthropic) -> None:
     whole = claude.messages.create(model=MODEL, messages=CAPITAL, max_tokens=24, extra_body=GREEDY)
     with claude.messages.stream(model=MODEL, messages=CAPITAL, max_tokens=24, extra_body=GREEDY) as stream:
-        kinds = [event.type for event in stream]
+        told = list(stream)
         final = stream.get_final_message()
+    kinds = [event.type for event in told]
+    start = told[0]
+    assert isinstance(start, anthropic.types.RawMessageStartEvent)
+    assert prompt_tokens(start.message.usage) == prompt_tokens(whole.usage)
+    # The identity's blocks where the first token was late, all that was found where it was not.
+    assert start.message.usage.cache_read_input_tokens in (2304, final.usage.cache_read_input_tokens)
     assert text(final) == text(whole)
     assert prompt_tokens(final.usage) == prompt_tokens(whole.usage)
     assert kinds[0] == "message_start"
@@ -97,8 +108,19 @@ def test_messages_prompt_has_the_tokens_of_the_chat_request(claude: anthropic.An
         {"role": "user", "content": [result, {"type": "text", "text": "And tomorrow?"}]},
     ]
     expected = http.post("/v1/chat/completions", json=chat).json()["usage"]["prompt_tokens"]
-    answer = claude.messages.create(model=MODEL, system="Be brief.", messages=turns, tools=[WEATHER], max_tokens=1)
-    assert prompt_tokens(answer.usage) == expected
+    request: Any = {"model": MODEL, "system": "Be brief.", "messages": turns, "tools": [WEATHER]}
+    assert prompt_tokens(claude.messages.create(**request, max_tokens=1).usage) == expected
+    assert claude.messages.count_tokens(**request).input_tokens == expected
+    forced: Any = {"tool_choice": {"type": "any"}}
+    answer = claude.messages.create(**request, **forced, max_tokens=1)
+    assert claude.messages.count_tokens(**request, **forced).input_tokens == prompt_tokens(answer.usage)
+
+
+def test_messages_counts_a_prompt_that_the_context_cannot_hold(claude: anthropic.Anthropic, server: Server) -> None:
+    long: list[MessageParam] = [{"role": "user", "content": "word " * 9000}]
+    before = server.metrics()["borg_queue_seconds_count"]
+    assert claude.messages.count_tokens(model=MODEL, messages=long).input_tokens > 9000
+    assert server.metrics()["borg_queue_seconds_count"] == before, "it takes no slot"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -145,7 +167,7 @@ def test_messages_errors_are_the_clients_own_exceptions(claude: anthropic.Anthro
     prefill: list[MessageParam] = [*CAPITAL, {"role": "assistant", "content": "The"}]
     with pytest.raises(anthropic.BadRequestError, match="the assistant speaks next"):
         claude.messages.create(model=MODEL, messages=prefill, max_tokens=9)
-    for field, value in {"thinking": {"type": "enabled", "budget_tokens": 1024}, "kv_transfer_params": {}}.items():
+    for field, value in {"thread": {"type": "create"}, "kv_transfer_params": {"a": 1}}.items():
         with pytest.raises(anthropic.BadRequestError, match=f"{field}: is refused") as refused:
             claude.messages.create(model=MODEL, messages=CAPITAL, max_tokens=9, extra_body={field: value})
         assert isinstance(refused.value.body, dict)
@@ -154,8 +176,6 @@ def test_messages_errors_are_the_clients_own_exceptions(claude: anthropic.Anthro
     long: list[MessageParam] = [{"role": "user", "content": "word " * 9000}]
     with pytest.raises(anthropic.BadRequestError, match="context length"):
         claude.messages.create(model=MODEL, messages=long, max_tokens=9)
-    with pytest.raises(anthropic.NotFoundError, match="counted with an answer"):
-        claude.messages.count_tokens(model=MODEL, messages=CAPITAL)
 
 
 def test_messages_client_that_leaves_frees_what_it_held(server: Server, claude: anthropic.Anthropic) -> None:

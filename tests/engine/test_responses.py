@@ -105,11 +105,11 @@ def test_responses_prompt_has_the_tokens_of_the_chat_request(client: openai.Open
         {"role": "user", "content": [{"type": "input_text", "text": "And tomorrow?"}]},
     ]
     expected = http.post("/v1/chat/completions", json=chat).json()["usage"]["prompt_tokens"]
-    answer = client.responses.create(
-        model=MODEL, instructions="Be brief.", input=said, tools=[WEATHER], max_output_tokens=1
-    )
+    request: Any = {"model": MODEL, "instructions": "Be brief.", "input": said, "tools": [WEATHER]}
+    answer = client.responses.create(**request, max_output_tokens=1)
     assert answer.usage is not None
     assert answer.usage.input_tokens == expected
+    assert client.responses.input_tokens.count(**request).input_tokens == expected
 
 
 def test_responses_has_the_sampling_defaults_of_the_contract(client: openai.OpenAI) -> None:
@@ -185,7 +185,6 @@ def test_responses_errors_are_the_clients_own_exceptions(client: openai.OpenAI) 
     assert unknown.value.code == "model_not_found"
     for more in (
         {"previous_response_id": "resp_1"},
-        {"store": True},
         {"background": True},
         {"conversation": "conv_1"},
         {"truncation": "auto"},

@@ -1,12 +1,11 @@
-"""Traces of a request: the client's span above ours, the wait for a place and vLLM's own span below."""
-
-import time
+"""Traces of a request: the client's span above ours, the wait for a slot and vLLM's own span below."""
 
 import httpx
 import pytest
 
 from tests.engine.collector import Collector, Span
 from tests.engine.test_contract import CHAT
+from tests.waiting import wait_until
 
 CLIENT_SPAN = "00f067aa0ba902b7"
 NAMES = {"borg.request", "borg.queue", "llm_request"}
@@ -14,10 +13,7 @@ NAMES = {"borg.request", "borg.queue", "llm_request"}
 
 def spans(collector: Collector, trace: str, names: set[str]) -> dict[str, Span]:
     """Return a trace's spans once those with these names have come."""
-    end = time.monotonic() + 30
-    while not names <= collector.of(trace).keys():
-        assert time.monotonic() < end, f"only {sorted(collector.of(trace))} came"
-        time.sleep(0.1)
+    wait_until(f"spans {sorted(names)}", lambda: names <= collector.of(trace).keys())
     return collector.of(trace)
 
 

@@ -80,8 +80,8 @@ async def test_users_at_once_each_get_their_own_answer(server: Server) -> None:
     assert metrics["borg_inflight"] == metrics["borg_queued"] == 0
 
 
-async def test_users_past_the_places_and_the_queue_are_told_when_to_return(server: Server) -> None:
-    # 16 places and a queue of 2: of 40 at once some must be refused, at once, and all others answered.
+async def test_users_past_the_slots_and_the_queue_are_told_when_to_return(server: Server) -> None:
+    # 16 slots and a queue of 2: of 40 at once some must be refused, at once, and all others answered.
     async with openai.AsyncOpenAI(
         base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=180
     ) as client:

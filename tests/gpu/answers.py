@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from borg_serve import backend
-from borg_serve.device import prepare_environment
+from borg_serve.config import load
+from borg_serve.engine.arguments import SCHEDULER, WORKERS
+from borg_serve.engine.attention_choice import sharing
+from borg_serve.engine.environment import prepare_environment
 
-IDENTITY = Path(__file__).parents[2] / "configs" / "identity" / "borg-merge-v1.md"
+CONFIGS = Path(__file__).parents[2] / "configs"
+IDENTITY = CONFIGS / "identity" / "borg-merge-v1.md"
 PROMPTS = 200
 TOKENS = 48
 THINGS = ("a river", "the moon", "bread", "a violin", "chess", "rain", "a lighthouse", "salt", "a bicycle", "glass")
@@ -48,7 +51,11 @@ def main(model: str, attention: str, out: str, *batches: str) -> None:
     from vllm import LLM, SamplingParams
 
     given = prompts(AutoTokenizer.from_pretrained(model))
-    more = backend.sharing(alike(given)) if attention == "shared" else {}
+    more: dict[str, Any] = {}
+    if attention == "shared":  # as it is shipped: steps with prompts run in full CUDA graphs too
+        graphs = load(CONFIGS / "7b-h100.yaml").engine["compilation_config"]
+        more = {"scheduler_cls": SCHEDULER, "worker_cls": WORKERS["cuda"], "compilation_config": graphs}
+        more |= sharing(alike(given))
     llm = LLM(model, dtype="bfloat16", max_model_len=8192, max_num_seqs=256, gpu_memory_utilization=0.5, **more)
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=0, detokenize=False)
 

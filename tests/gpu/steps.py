@@ -11,8 +11,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from borg_serve.attention import SharedPrefixBackend
-from borg_serve.backend import PREFIX_OPTION
+from borg_serve.engine.attention_choice import PREFIX_OPTION
+from borg_serve.vllm_plugin.attention import SharedPrefixBackend
 
 DEVICE = torch.device("cuda")
 KINDS = ("shared", "copied", "short", "crossing", "prefill")

@@ -12,8 +12,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 if not (torch.cuda.is_available() and current_platform.is_cuda()):
     pytest.skip("needs a CUDA device and vLLM for CUDA", allow_module_level=True)
 
-from borg_serve import attention, attention_kernels, rows
-from borg_serve.attention import SharedPrefixMetadata
+from borg_serve.vllm_plugin import attention, kernels
+from borg_serve.vllm_plugin.attention import SharedPrefixMetadata
+from tests import rows
 from tests.gpu.steps import DEVICE, KINDS, Backend, Shape, Step, step
 
 MODEL = os.environ.get("BORG_GPU_MODEL", "")
@@ -160,7 +161,7 @@ def test_attention_merge_is_the_reference() -> None:
     prefix[~shared], prefix_lse[:, ~shared] = torch.nan, torch.nan  # what nobody may read
     expected = rows.merge(prefix, prefix_lse, own, own_lse, shared)
     output = own.clone()
-    attention_kernels.merge(output, own_lse, prefix, prefix_lse, shared)
+    kernels.merge(output, own_lse, prefix, prefix_lse, shared)
     torch.testing.assert_close(output, expected)
     assert torch.equal(output[~shared], own[~shared])
 
@@ -181,7 +182,7 @@ def test_attention_split_is_the_reference(seed: int) -> None:
         torch.full(size, -7, dtype=torch.int32, device=DEVICE) for size in ((1, blocks), (count, columns + 3), (count,))
     )
     shared = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
-    attention_kernels.split(*read, block, prefix, rest[:, :columns], lens, shared)
+    kernels.split(*read, block, prefix, rest[:, :columns], lens, shared)
     assert torch.equal(prefix, expected.prefix_blocks)
     assert torch.equal(rest[:, :columns], expected.block_table)
     assert (rest[:, columns:] == -7).all()

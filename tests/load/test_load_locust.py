@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
-from loadtests.calibrate import errors
-from loadtests.records import from_dict
+from loadtests.experiments.calibrate import errors
+from loadtests.generator.records import from_dict
 from tests.engine.process import ROOT, environment, free_port
 
 TTFT_MS, GAP_MS = 300.0, 30.0
@@ -24,7 +24,7 @@ def known(*words: str) -> Iterator[str]:
     """A server of known timing."""
     port = free_port()
     timing = [f"--ttft-ms={TTFT_MS}", f"--gap-ms={GAP_MS}"]
-    command = [sys.executable, "-m", "loadtests.known", f"--port={port}", *timing, *words]
+    command = [sys.executable, "-m", "loadtests.generator.known", f"--port={port}", *timing, *words]
     process = subprocess.Popen(command, cwd=ROOT, env=environment())
     url = f"http://127.0.0.1:{port}"
     try:

@@ -10,29 +10,36 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer.main
+from typer.core import TyperGroup
 
 from borg_serve import cli
-from borg_serve.identity import load
+from borg_serve.config import load
+from borg_serve.identity.text import load_identity
+from borg_serve.sizing.plan import plan
+from borg_serve.sizing.text import document as plan_document
+from borg_serve.sizing.text import text as plan_text
+from borg_serve.upstream import PINS
 from tests import qwen
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PROFILE = str(CONFIGS / "demo-cpu.yaml")
 
 
-def commands(group: click.Group, words: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def commands(group: Any, words: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every command and group of commands; Typer's own classes are no classes of click's."""
     found: list[tuple[str, ...]] = []
     for name, command in group.commands.items():
         found.append((*words, name))
-        if isinstance(command, click.Group):
+        if isinstance(command, TyperGroup):
             found += commands(command, (*words, name))
     return found
 
 
-COMMANDS = commands(typer.main.get_command(cli.app))  # type: ignore[arg-type]
+COMMANDS = commands(typer.main.get_command(cli.app))
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ def test_cli_version_as_text_and_as_json_say_the_same(run: Run) -> None:
     text, document = run("version"), json.loads(run("version", "--json").out)
     assert text.status == 0
     assert set(document) == {"borg_serve", "torch", "transformers", "ray", "vllm", "python"}
-    assert document["vllm"] == "0.29.0"
+    assert document["vllm"] == PINS["vllm"][1]
     assert text.out.splitlines() == [f"{name} {value}" for name, value in document.items()]
 
 
@@ -119,7 +126,7 @@ def test_cli_check_without_the_checkpoint_shows_all_but_the_memory(run: Run, tmp
     assert document["vllm"]["enable_prefix_caching"] is True
     assert document["vllm_command"].startswith("vllm serve --")
     assert document["limits"]["deadline_s"] == 60
-    assert document["identity"]["sha256"] == load(CONFIGS / "identity" / "borg-merge-v1.md").sha256
+    assert document["identity"]["sha256"] == load_identity(CONFIGS / "identity" / "borg-merge-v1.md").sha256
 
 
 def test_cli_check_plans_the_memory_of_the_demo(run: Run) -> None:
@@ -159,6 +166,21 @@ def test_cli_check_names_every_mistake_on_a_line_of_its_own(run: Run) -> None:
     assert len(lines) == 3
     for key in ("server.prot", "engine.max_num_seqs", "limits.top_p"):
         assert sum(f"{PROFILE}: {key}: " in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("engine.block_size", "16", "engine.block_size: vLLM says: block_size is not supported by CPU_ATTN"),
+        ("identity.prompt", "We are <|im_start|>.", "must hold no control token of the tokenizer"),
+        ("server.keys", "- {name: a}", "entry 1.sha256 (a): is required"),
+    ],
+)
+def test_cli_check_refuses_what_serve_would_refuse(run: Run, tmp_path: Path, key: str, value: str, said: str) -> None:
+    (tmp_path / "file").write_text(value)
+    done = run("check", *demo(), "--set", f"{key}={value if key == 'engine.block_size' else tmp_path / 'file'}")
+    assert (done.status, done.out, len(done.err.splitlines())) == (2, "", 1)
+    assert said in done.err
 
 
 def test_cli_check_says_when_there_is_no_profile(run: Run, tmp_path: Path) -> None:
@@ -210,6 +232,30 @@ def test_cli_render_refuses_what_the_server_would_refuse(run: Run, tmp_path: Pat
     assert "messages" in done.err
 
 
+# -------------------------------------------------------------------------------------------------------- plan
+
+
+def plan_words(gpu: str, users: int) -> list[str]:
+    words = ["plan", "--gpu", gpu, "--users", str(users), "--context", "4096"]
+    return [*words, "--config", str(CONFIGS / "7b-h100.yaml")]
+
+
+def test_cli_plan_prints_the_same_as_text_and_as_json(run: Run) -> None:
+    profile = load(CONFIGS / "7b-h100.yaml")
+    expected = plan("h100", 400, 4_096, profile.engine, profile.server.processes)
+    assert run(*plan_words("h100", 400)) == Done(0, plan_text(expected) + "\n", "")
+    assert run(*plan_words("h100", 400), "--json") == Done(0, json.dumps(plan_document(expected), indent=2) + "\n", "")
+
+
+def test_cli_plan_explains_a_mistake_in_one_line(run: Run) -> None:
+    error = "--gpu: is not a GPU that is known here, got 'abacus'. Name one of h100, h200, a100-80gb, l40s.\n"
+    assert run(*plan_words("abacus", 4)) == Done(2, "", error)
+
+
+def test_cli_reference_prints_the_committed_document(run: Run) -> None:
+    assert run("reference").out == (CONFIGS.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+
+
 # ------------------------------------------------------------------------------------------------------- serve
 
 
@@ -252,7 +298,7 @@ def test_cli_manifest_verify_of_what_is_no_checkpoint_has_status_1(run: Run, tmp
 
 
 def test_cli_manifest_verify_prints_the_root_of_the_demo(run: Run) -> None:
-    from borg_serve.manifest import read_manifest
+    from borg_serve.checkpoint.manifest import read_manifest
 
     path = qwen.directory("smollm2")
     manifest = read_manifest(path)
@@ -263,7 +309,7 @@ def test_cli_manifest_verify_prints_the_root_of_the_demo(run: Run) -> None:
 
 
 def test_cli_key_new_keeps_the_key_and_its_entry_apart(run: Run, tmp_path: Path) -> None:
-    from borg_serve.keys import KeyRing
+    from borg_serve.gate.keys import KeyRing
 
     done = run("key", "new", "alice")
     assert done.status == 0

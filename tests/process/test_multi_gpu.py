@@ -14,17 +14,18 @@ import pytest
 import yaml
 
 from borg_serve.config import Config, load
-from loadtests import servers, throughput
+from loadtests.gpu import throughput
+from loadtests.servers import local
 
 ROOT = Path(__file__).parents[2]
 
 
 def script(name: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run a script for eight GPUs, of which there is none."""
-    given = {"MODEL": "/no/such/model", "OUT": str(folder), "GPUS": "8", "PORT": str(servers.free_port())}
+    given = {"MODEL": "/no/such/model", "OUT": str(folder), "GPUS": "8", "PORT": str(local.free_port())}
     given["MORE"] = "engine.stream_interval=4 limits.deadline_s=90"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", f"loadtests/{name}.sh", *words]
+    command = ["bash", f"loadtests/gpu/{name}.sh", *words]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path, **given}, capture_output=True, text=True)
 
 
@@ -71,7 +72,7 @@ def test_multi_gpu_measures_tensor_parallelism_and_replicas(listed: dict[str, li
         assert config.server.keys is None
         assert (config.engine["stream_interval"], config.limits.deadline_s) == (4, 90)
         assert config.engine.get("tensor_parallel_size", 1) == (int(name.partition("tp")[2][:1]) if "tp" in name else 1)
-        assert [client[:3] for client in clients] == [["python3", "-m", "loadtests.throughput"]] * 2
+        assert [client[:3] for client in clients] == [["python3", "-m", "loadtests.gpu.throughput"]] * 2
         assert ["--spread" in client for client in clients] == [False, True]
         if name.startswith("tp"):
             assert config.identity.attention == name.partition("-")[2]
@@ -101,9 +102,9 @@ def test_one_gpu_measures_every_attention(tmp_path: Path) -> None:
 
 
 def test_throughput_counts_what_was_answered(tmp_path: Path) -> None:
-    port = servers.free_port()
-    words = [sys.executable, "-m", "loadtests.known", "--port", str(port), "--ttft-ms", "20", "--gap-ms", "1"]
-    with servers.running("known", words, port, "/", tmp_path / "log", 60) as known:
+    port = local.free_port()
+    words = [sys.executable, "-m", "loadtests.generator.known", "--port", str(port), "--ttft-ms", "20", "--gap-ms", "1"]
+    with local.running("known", words, port, "/", tmp_path / "log", 60) as known:
         found = throughput.measure(known.url, 1, 3, 8, 5, None)
     assert (found["users"], found["requests"], found["failed"]) == (1, 3, 0)
     assert min(found["ttft_p50_ms"], found["tpot_p50_ms"], found["output_tokens_per_s"]) > 0
@@ -121,7 +122,8 @@ async def test_throughput_spreads_the_lengths_of_answers() -> None:
 
     async with await asyncio.start_server(note, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        await throughput.users("127.0.0.1", port, 2, 40, 0, throughput.lengths(128, 0.5), None)
+        url, spans = f"http://127.0.0.1:{port}", throughput.lengths(128, 0.5)
+        await asyncio.to_thread(throughput.client, url, 2, 40, 0, spans, None)
     assert 64 <= min(asked) < 80
     assert 170 < max(asked) <= 192
     assert throughput.lengths(128, 0) == (128, 128)
@@ -135,6 +137,6 @@ async def test_throughput_says_why_a_request_failed() -> None:
 
     async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        ttft, _, tokens, failed = await throughput.users("127.0.0.1", port, 1, 2, 0, (5, 5), None)
-    assert (ttft, tokens) == ([], 0)
-    assert failed == {"without an answer's end: HTTP/1.1 503 Service Unavailable": 2}
+        loop = await asyncio.to_thread(throughput.client, f"http://127.0.0.1:{port}", 1, 2, 0, (5, 5), None)
+    assert (loop.ttft_s, loop.tokens) == ([], 0)
+    assert loop.failed == {"without an answer's end: HTTP/1.1 503 Service Unavailable": 2}

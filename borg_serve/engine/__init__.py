@@ -1,0 +1,1 @@
+"""vLLM's engine: its arguments, its memory, its client, its guard."""

@@ -1,0 +1,298 @@
+"""The ASGI application in front of vLLM's: it lets through only what cannot remove the identity.
+
+The same class serves one machine and every replica of a cluster. The street of a request:
+
+ 1. gate.http           read the head, bounded in size and time
+ 2. gate.app            check the route, its method, and the headers that decide
+ 3. gate.keys           find the key's owner; refuse without reading the body if the server is not ready or is full
+ 4. gate.quota          count the request against the key's limits
+ 5. gate.request        read the body, bounded in size and time; then abort at the deadline, or if the client leaves
+ 6. api                 parse chat, responses or messages into one chat request, with control tokens neutralised
+ 7. gate.admission      wait for a slot in the engine
+ 8. identity.template   vLLM's chat handler renders our template: the identity first, then the client's conversation
+ 9. engine.renderer     tokenise what follows the identity
+10. engine.guard        refuse a prompt that does not begin with the identity's tokens
+11. engine              vLLM generates
+12. gate.sse            check the stream's grammar
+13. gate.answer         send the answer in the client's protocol, whole or as a stream, and end it
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from starlette.middleware.cors import CORSMiddleware
+
+from borg_serve import metrics
+from borg_serve.api import messages
+from borg_serve.api.errors import ApiError
+from borg_serve.api.openapi import openapi
+from borg_serve.api.protocol import Bounds
+from borg_serve.config import Limits
+from borg_serve.gate import tracing
+from borg_serve.gate.admission import Admission, Busy
+from borg_serve.gate.answer import Response, failure
+from borg_serve.gate.keys import Key, KeyRing
+from borg_serve.gate.models import model, models
+from borg_serve.gate.quota import Quota
+from borg_serve.gate.readiness import Phase, Readiness
+from borg_serve.gate.request import AGAIN, App, ClientGone, Receive, Request, Scope, Send
+from borg_serve.gate.routes import COUNTS, MODEL, OPEN, PROTOCOLS, QUIET, check_head, check_json, protocol, route
+
+__all__ = ["Gate", "with_cors"]
+
+logger = logging.getLogger(__name__)
+access = logging.getLogger("borg_serve.access")
+
+COUNTING = 8
+"""Requests whose tokens are counted at once. They need no slot in the engine, but hold the tokenizer's one thread."""
+EXPOSED = ("request-id", "retry-after", "x-borg-ignored", "x-request-id", "x-should-retry")
+"""Headers of an answer that a page may read."""
+DYING_S = 1.0
+"""How long after a failure the watchdog may take to say that it was the engine's death."""
+
+
+@dataclass(eq=False)
+class Gate:
+    """ASGI application. `open(app)` puts vLLM's application behind it once there is one."""
+
+    limits: Limits
+    """Of one request."""
+    bounds: Bounds
+    version: Mapping[str, Any]
+    """The answer of `/version`."""
+    readiness: Readiness
+    neutralise: Callable[[str], str]
+    keys: KeyRing | None = None
+    quota: Quota | None = None
+    echo_request_id: bool = True
+    """Whether answers carry `x-request-id`; False where something before the gate adds it."""
+    live: set[Request] = field(default_factory=set, init=False)
+    """Requests being answered."""
+    _app: App | None = field(default=None, init=False)
+    _admission: Admission | None = field(default=None, init=False)
+    _context: int | None = field(default=None, init=False)
+    _counting: int = field(default=0, init=False)
+
+    @cached_property
+    def _openapi(self) -> Mapping[str, Any]:
+        return openapi(self.bounds)
+
+    def open(self, app: App, admission: Admission, context: int | None = None) -> None:
+        """Forward admitted requests to this application. `context`: the most tokens of a prompt and its answer."""
+        self._app = app
+        self._admission = admission
+        self._context = context
+
+    async def drained(self, limit_s: float) -> int:
+        """Wait until no request is being answered, for `limit_s` at most; return how many are left."""
+        end = time.monotonic() + limit_s
+        while self.live and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        return len(self.live)
+
+    async def end_all(self, error: ApiError, limit_s: float) -> None:
+        """Answer every request in flight with this error, now."""
+        for request in self.live:
+            request.abort(error)
+        await self.drained(limit_s)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] == "lifespan" and self._app is not None:
+            await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            return
+        request = Request(scope, receive)
+        response = Response(request, send, protocol(request), self.echo_request_id)
+        traced = request.path in PROTOCOLS
+        self.live.add(request)
+        try:
+            with tracing.request(request.path, request.id, request.headers) if traced else nullcontext() as span:
+                await self._respond(request, response)
+                if span is not None:
+                    span.set_attributes(_attributes(response))
+        finally:
+            self.live.discard(request)
+            self._log(request, response)
+
+    async def _respond(self, request: Request, response: Response) -> None:
+        """Answer a request, whatever happens."""
+        try:
+            await self._route(request, response)
+        except ApiError as error:
+            metrics.REFUSALS.labels(error.reason).inc()
+            await response.error(error)
+        except ClientGone:
+            response.outcome = "gone"
+        except Exception:
+            logger.exception("request %s failed inside the gate", request.id)
+            await response.error(failure())
+
+    # ------------------------------------------------------------------------------------------ routes
+
+    async def _route(self, request: Request, response: Response) -> None:
+        path = request.path
+        check_head(request)
+        key = None if path in OPEN else self._key(request, response)
+        if path == "/health":
+            await response.document(200, {"status": "alive"})
+        elif path == "/ready":
+            await self._ready(response)
+        elif path == "/version":
+            await response.document(200, self.version)
+        elif path == "/openapi.json":
+            await response.document(200, await asyncio.to_thread(lambda: self._openapi))  # the first takes a second
+        elif path in PROTOCOLS or path in COUNTS:
+            await self._generate(request, response, key)
+        elif self._app is None:
+            raise self._not_ready()
+        elif path == "/v1/models":
+            await response.document(200, models(self.bounds, self._context, response.protocol is messages))
+        elif path.startswith(MODEL):
+            name, anthropic = path.removeprefix(MODEL), response.protocol is messages
+            await response.document(200, model(name, self.bounds, self._context, anthropic))
+        else:
+            await response.pass_through(self._app)
+
+    def _key(self, request: Request, response: Response) -> Key | None:
+        """Return the key that the request is made with. Raises ApiError if keys are needed and this one is unknown."""
+        if self.keys is None:
+            return None
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if response.protocol is messages and (own := request.headers.get("x-api-key")):
+            scheme, token = "bearer", own
+        key = self.keys.lookup(token.strip()) if scheme.lower() == "bearer" else None
+        if key is None:
+            how = "x-api-key: <key>" if response.protocol is messages else "Authorization: Bearer <key>"
+            what = f"The API key is missing or unknown. Send `{how}`."
+            headers = {"www-authenticate": "Bearer"}
+            raise ApiError(401, what, "authentication_error", None, "invalid_api_key", "key", headers)
+        response.key_name = key.name
+        return key
+
+    async def _ready(self, response: Response) -> None:
+        phase = self.readiness.phase
+        if phase == Phase.READY:
+            await response.document(200, {"status": "ready"})
+        else:
+            body = {"status": phase.name.lower(), "reason": self.readiness.reason}
+            await response.document(503, body, AGAIN)
+
+    def _not_ready(self) -> ApiError:
+        what = f"The server is not ready: {self.readiness.reason or 'the server is starting'}."
+        return ApiError(503, what, "server_error", None, "not_ready", "not_ready", AGAIN)
+
+    # -------------------------------------------------------------------------------------- generation
+
+    async def _generate(self, request: Request, response: Response, key: Key | None) -> None:
+        app, admission, counts = self._app, self._admission, COUNTS.get(request.path)
+        check_json(request)
+        if self.readiness.phase != Phase.READY or app is None or admission is None:
+            raise self._not_ready()
+        if counts is None:
+            admission.refuse_if_full()
+        async with self._counted(key, response):
+            raw = await request.body(self.limits.body_bytes, self.limits.body_s)
+            body, answer = response.protocol.parse(raw, self.bounds, self.neutralise)
+            response.answers(answer)
+            choices = body.get("n") or 1
+            slots = self._one_count() if counts is not None else _admitted(request, admission, choices, len(raw))
+            async with request.alive(self.limits.deadline_s), slots:
+                if counts is not None:
+                    await response.count(app, body, counts)
+                else:
+                    await response.forward(app, body, self.limits.stall_s)
+
+    @asynccontextmanager
+    async def _one_count(self) -> AsyncIterator[None]:
+        """Count one prompt's tokens while the block runs. Raises Busy if many are being counted."""
+        if self._counting >= COUNTING:
+            raise Busy(1)
+        self._counting += 1
+        try:
+            yield
+        finally:
+            self._counting -= 1
+
+    @asynccontextmanager
+    async def _counted(self, key: Key | None, response: Response) -> AsyncIterator[None]:
+        """Count a request against its key's limits: one slot while it runs, its tokens when they are known."""
+        if key is None or self.quota is None:
+            yield
+            return
+        self.quota.acquire(key)
+        try:
+            await self.quota.admit(key)
+            yield
+        finally:
+            self.quota.release(key)
+            # The identity costs nothing: it is the server's own text, and cached.
+            own = response.usage.get("total_tokens", 0) - self.version["identity"]["tokens"]
+            await self.quota.charge_tokens(key, own)
+
+    # --------------------------------------------------------------------------------------------- log
+
+    def _log(self, request: Request, response: Response) -> None:
+        path = route(request.path)
+        metrics.REQUESTS.labels(path, response.outcome).inc()
+        if path in QUIET:
+            return
+        line = {
+            "request_id": request.id,
+            "route": path,
+            "status": response.status,
+            "outcome": response.outcome,
+            "key": response.key_name,
+            "ms": round((time.monotonic() - request.arrived) * 1e3, 1),
+            "prompt_tokens": response.usage.get("prompt_tokens"),
+            "completion_tokens": response.usage.get("completion_tokens"),
+        }
+        access.info(json.dumps(line))
+
+
+def with_cors(gate: Gate, origins: Sequence[str]) -> App:
+    """Return the gate for pages of these origins too. A browser's question whether it may ask needs no key."""
+    if not origins:
+        return gate
+    return CORSMiddleware(
+        gate, allow_origins=origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=EXPOSED
+    )
+
+
+@asynccontextmanager
+async def _admitted(request: Request, admission: Admission, choices: int, size_bytes: int) -> AsyncIterator[None]:
+    """Wait for slots in the engine, one for each choice, and hold them while the block runs."""
+    with tracing.queue():
+        await request.unless_aborted(admission.acquire(choices, size_bytes))
+    admitted = time.monotonic()
+    try:
+        yield
+    except ClientGone:
+        raise
+    except Exception as error:
+        if not isinstance(error, ApiError) or error.reason == "error":
+            # If the engine has died, every request in flight is aborted in a moment, with 503 instead.
+            await request.unless_aborted(asyncio.sleep(DYING_S))
+        raise
+    finally:
+        admission.release(choices, time.monotonic() - admitted)
+
+
+def _attributes(response: Response) -> dict[str, str | int]:
+    """How a request ended, by the names of OpenTelemetry's conventions where they have one."""
+    counts = {
+        "gen_ai.usage.input_tokens": response.usage.get("prompt_tokens"),
+        "gen_ai.usage.output_tokens": response.usage.get("completion_tokens"),
+        "http.response.status_code": response.status,
+    }
+    return {"borg.outcome": response.outcome} | {name: count for name, count in counts.items() if count}

@@ -1,0 +1,1 @@
+"""The identity: its text, its tokens, and the template that puts it first."""

@@ -1,0 +1,1 @@
+"""How many GPUs some users need."""

@@ -1,0 +1,1 @@
+"""Experiments that start their own servers; each writes a report and its JSON twin to docs/results."""

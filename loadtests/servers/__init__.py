@@ -1,0 +1,1 @@
+"""Start, pause and end the servers that are measured."""

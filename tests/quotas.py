@@ -1,0 +1,18 @@
+"""What a quota says of one more request."""
+
+from borg_serve.api.errors import ApiError
+from borg_serve.gate.keys import Key
+from borg_serve.gate.quota import Quota
+
+
+async def refusal(quota: Quota, key: Key) -> ApiError | None:
+    """The error of one more request, None if it is admitted."""
+    try:
+        await quota.admit(key)
+    except ApiError as error:
+        return error
+    return None
+
+
+def retry_after_s(error: ApiError) -> int:
+    return int(error.headers["retry-after"])

@@ -1,0 +1,30 @@
+"""The reports of docs/results are what their measurements and the templates make."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtests.experiments import api_process, calibrate, compare, conversations, overhead, overload, soak
+
+RESULTS = Path(__file__).parents[4] / "docs" / "results"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("api-process", api_process.text),
+        ("api-process-ray", api_process.text),
+        ("calibration", calibrate.text),
+        ("compare-cpu", compare.text),
+        ("overhead", overhead.text),
+        ("overload", overload.text),
+        ("routing", conversations.text),
+        ("soak", soak.text),
+    ],
+)
+def test_report_is_what_its_measurements_make(name: str, text: Callable[[dict[str, Any]], str]) -> None:
+    document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert text(document) == (RESULTS / f"{name}.md").read_text(encoding="utf-8")
