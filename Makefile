@@ -101,7 +101,7 @@ crosscheck: setup ## others' benchmarks beside ours on a running server: make cr
 	$(BIN)/python -m loadtests.experiments.crosscheck --host $(HOST) $(ARGS)
 
 fuzz: setup ## hostile requests on every route of a real server: make fuzz [EXAMPLES=20000]
-	EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/engine/test_hypothesis.py
+	HYPOTHESIS_PROFILE=search EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/engine/test_hypothesis.py
 
 canary: setup ## try another vLLM, into docs/results/canary-VLLM.md: make canary VLLM=0.33.0
 	$(BIN)/python -m tests.canary $(VLLM)

@@ -22,9 +22,11 @@ from tests.waiting import wait_until
 
 prepare_environment()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Machines are shared and noisy: how long one example takes says nothing.
-hypothesis.settings.register_profile("borg", deadline=None)
-hypothesis.settings.load_profile("borg")
+# Machines are shared and noisy: how long one example takes says nothing. A run asks what the run before it asked;
+# HYPOTHESIS_PROFILE=search draws anew, as `make fuzz` does.
+hypothesis.settings.register_profile("borg", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "borg"))
 
 STILLNESS = Stillness()
 TIERS = ("process", "load", "engine", "browser", "cluster", "gpu")

@@ -138,14 +138,15 @@ CASES = {
     ),
 }
 
+PATTERN = "#/properties/p: `pattern` cannot be enforced: "
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "look-ahead in the middle": (only("p", {"pattern": r"^a(?=.*\d).{4,8}$"}), "#/properties/p: look-around"),
-    "look-ahead that does not end": (only("p", {"pattern": r"^(?=a\)"}), "#/properties/p: look-around"),
-    "look-ahead in an alternative": (only("p", {"pattern": "^(?=a).|b"}), "#/properties/p: look-around"),
-    "negative look-ahead": (only("p", {"pattern": "^(?!admin)[a-z]+$"}), "#/properties/p: look-around"),
-    "back reference": (only("p", {"pattern": r"(a)\1"}), "#/properties/p: backreferences are not supported"),
-    "no regular expression": (only("p", {"pattern": "(("}), "#/properties/p: unclosed group"),
-    "class that does not end": (only("p", {"pattern": "[" + "\\\\" * 100}), "#/properties/p: unclosed character class"),
+    "look-ahead in the middle": (only("p", {"pattern": r"^a(?=.*\d).{4,8}$"}), PATTERN + "look-around"),
+    "look-ahead that does not end": (only("p", {"pattern": r"^(?=a\)"}), PATTERN + "look-around"),
+    "look-ahead in an alternative": (only("p", {"pattern": "^(?=a).|b"}), PATTERN + "look-around"),
+    "negative look-ahead": (only("p", {"pattern": "^(?!admin)[a-z]+$"}), PATTERN + "look-around"),
+    "back reference": (only("p", {"pattern": r"(a)\1"}), PATTERN + "backreferences are not supported"),
+    "no regular expression": (only("p", {"pattern": "(("}), PATTERN + "unclosed group"),
+    "class that does not end": (only("p", {"pattern": "[" + "\\\\" * 100}), PATTERN + "unclosed character class"),
     "set in a class": (only("p", {"pattern": "[[:alpha:]]"}), "#/properties/p: `pattern` must escape"),
     "if": ({"allOf": [{"if": {"required": ["a"]}, "then": {"required": ["b"]}}]}, "#/allOf/0: `if` cannot be"),
     "not": (only("a", {"not": {"type": "string"}}), "#/properties/a: `not` cannot be enforced"),

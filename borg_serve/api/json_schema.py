@@ -19,6 +19,7 @@ from borg_serve.api.schema_grammar import (
     SCHEMA_MAP,
     UPPER,
     children,
+    pattern_refusal,
     refusal,
 )
 
@@ -206,7 +207,8 @@ def _pattern_problem(pattern: str) -> str | None:
         return f"may repeat {MAX_PATTERN_REPEATS} times, all its counts multiplied"
     if _NESTED_CLASS.search(re.sub(r"\\.", "", pattern)):
         return "must escape `[`, `&&`, `--` and `~~` inside a character class"
-    return None
+    reason = pattern_refusal(pattern)
+    return reason and f"cannot be enforced: {reason}"
 
 
 def _repeats(pattern: str) -> int:

@@ -25,6 +25,7 @@ __all__ = [
     "UPPER",
     "children",
     "enforced",
+    "pattern_refusal",
     "refusal",
     "without_look_ahead",
 ]
@@ -144,6 +145,12 @@ def _compile(schema: str) -> str:
     if reason.startswith("oneOf"):
         return "`oneOf` is enforced only where its branches exclude each other. Use `anyOf`"
     return reason.replace("Unsatisfiable schema", "no value fits")[:200]
+
+
+def pattern_refusal(pattern: str) -> str | None:
+    """The compiler's reason against a pattern alone: in a schema it reads only those that a value can meet."""
+    reasons = (_compile(json.dumps({"type": "string", "pattern": part})) for part in without_look_ahead(pattern))
+    return next(filter(None, reasons), None)
 
 
 def refusal(schema: dict[str, Any]) -> str | None:

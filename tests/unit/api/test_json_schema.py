@@ -92,6 +92,8 @@ def test_schema_passes(schema: dict[str, Any]) -> None:
         ({"$ref": "#/enum/0", "enum": [{}]}, "`$ref` must point to a schema inside"),
         ({"$dynamicRef": "#a"}, "`$dynamicRef` is not supported"),
         ({"$anchor": "a"}, "`$anchor` is not supported"),
+        ({"type": "object", "pattern": "("}, "#: `pattern` cannot be enforced: unclosed group"),
+        ({"items": {"enum": [1], "patternProperties": {"a)": {}}}}, "#/items: `patternProperties` cannot be enforced"),
     ],
 )
 def test_schema_that_is_wrong_is_refused_by_place(schema: Any, says: str) -> None:
