@@ -1,6 +1,6 @@
-"""Tiny checkpoints of each quantised kind, with the names and shapes that the programs that make them write."""
+"""Checkpoints of each quantised kind, with names, shapes and numbers as the programs that make them write."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,45 +9,61 @@ from transformers import LlamaConfig
 
 from tests.tiny import SIZES, edit_json, edit_tensors, save_model
 
-GROUP = 32
-FP8 = torch.float8_e4m3fn
+GROUP, BLOCK = 32, 128
+FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The magnitudes that four bits of floating point have."""
 Tensors = dict[str, torch.Tensor]
 WIDER: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "dtype": "float16"}
 
 
-def _ints(*shape: int) -> torch.Tensor:
-    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+def _grouped(weight: torch.Tensor, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Four bits a weight, rounded: (outputs, inputs) of 0 to 15, and zeros and scales of (outputs, groups)."""
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    if symmetric:
+        scales = (groups.abs().amax(2) / 7).clamp(min=1e-5)
+        zeros = torch.full_like(scales, 8)
+    else:
+        least, most = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+        scales = ((most - least) / 15).clamp(min=1e-5)
+        zeros = (-least / scales).round()
+    scales = scales.half()
+    numbers = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 15)
+    return numbers.flatten(1).int(), zeros.int(), scales
 
 
-def _scales(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    return torch.full(shape, 0.01, dtype=dtype)
+def _words(numbers: torch.Tensor, order: Sequence[int] = range(8)) -> torch.Tensor:
+    """Eight numbers of four bits in each int32, along the last dimension; `order[i]` is in bits 4i to 4i + 3."""
+    eights = numbers.unflatten(-1, (-1, 8))[..., list(order)].long()
+    words = (eights << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(words < 2**31, words, words - 2**32).int().contiguous()
 
 
 def _awq(weight: torch.Tensor) -> Tensors:
-    outputs, inputs = weight.shape
-    groups = inputs // GROUP
+    numbers, zeros, scales = _grouped(weight, symmetric=False)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
     return {
-        "qweight": _ints(inputs, outputs // 8),
-        "qzeros": _ints(groups, outputs // 8),
-        "scales": _scales(groups, outputs),
+        "qweight": _words(numbers.T.contiguous(), order),
+        "qzeros": _words(zeros.T.contiguous(), order),
+        "scales": scales.T.contiguous(),
     }
 
 
 def _gptq(weight: torch.Tensor) -> Tensors:
+    numbers, zeros, scales = _grouped(weight, symmetric=True)
     outputs, inputs = weight.shape
-    groups = inputs // GROUP
-    found = {"qweight": _ints(inputs // 8, outputs), "qzeros": _ints(groups, outputs // 8)}
-    order = torch.arange(inputs, dtype=torch.int32) // GROUP
     return {
-        **found,
-        "scales": _scales(groups, outputs),
-        "g_idx": order,
+        "qweight": _words(numbers).T.contiguous(),
+        "qzeros": _words(zeros.T.contiguous() - 1),  # this format stores one less
+        "scales": scales.T.contiguous(),
+        "g_idx": torch.arange(inputs, dtype=torch.int32) // GROUP,
         "bias": torch.zeros(outputs, dtype=torch.float16),
     }
 
 
 def _fp8(weight: torch.Tensor) -> Tensors:
-    return {"weight": weight.to(FP8), "weight_scale": torch.tensor(0.5)}
+    scale = weight.float().abs().max() / FP8_MAX
+    return {"weight": (weight.float() / scale).to(FP8), "weight_scale": scale}
 
 
 def _fp8_static(weight: torch.Tensor) -> Tensors:
@@ -55,35 +71,46 @@ def _fp8_static(weight: torch.Tensor) -> Tensors:
 
 
 def _fp8_blocks(weight: torch.Tensor) -> Tensors:
-    blocks = [-(-size // GROUP) for size in weight.shape]
-    return {"weight": weight.to(FP8), "weight_scale_inv": torch.ones(blocks)}
+    """Blocks of BLOCK rows and columns; the last ones may be smaller."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    scales = (blocks.abs().amax((1, 3)) / FP8_MAX).clamp(min=1e-9)
+    scaled = (blocks / scales[:, None, :, None]).flatten(0, 1).flatten(1)
+    return {"weight": scaled[:rows, :columns].to(FP8).contiguous(), "weight_scale_inv": scales}
 
 
 def _packed(weight: torch.Tensor) -> Tensors:
-    outputs, inputs = weight.shape
-    shape = torch.tensor([outputs, inputs])
-    return {
-        "weight_packed": _ints(outputs, inputs // 8),
-        "weight_scale": _scales(outputs, inputs // GROUP),
-        "weight_shape": shape,
-    }
+    numbers, _, scales = _grouped(weight, symmetric=True)
+    return {"weight_packed": _words(numbers), "weight_scale": scales, "weight_shape": torch.tensor(weight.shape)}
+
+
+def _by_rows(weight: torch.Tensor, most: float, dtype: torch.dtype) -> Tensors:
+    scale = (weight.float().abs().amax(1, keepdim=True) / most).clamp(min=1e-9).bfloat16()
+    scaled = weight.float() / scale.float()
+    rounded = scaled if dtype.is_floating_point else scaled.round()
+    return {"weight": rounded.clamp(-most, most).to(dtype), "weight_scale": scale}
 
 
 def _int8(weight: torch.Tensor) -> Tensors:
-    scale = _scales(weight.shape[0], 1, dtype=torch.bfloat16)
-    return {"weight": (weight.float() * 100).clamp(-127, 127).to(torch.int8), "weight_scale": scale}
+    return _by_rows(weight, 127, torch.int8)
 
 
 def _fp8_channels(weight: torch.Tensor) -> Tensors:
-    return {"weight": weight.to(FP8), "weight_scale": _scales(weight.shape[0], 1, dtype=torch.bfloat16)}
+    return _by_rows(weight, FP8_MAX, FP8)
 
 
 def _nvfp4(weight: torch.Tensor) -> Tensors:
-    outputs, inputs = weight.shape
-    packed = torch.zeros(outputs, inputs // 2, dtype=torch.uint8)
-    scale = torch.ones(outputs, inputs // 16).to(FP8)
-    whole = {"weight_global_scale": torch.ones(1), "input_global_scale": torch.ones(1)}
-    return {"weight_packed": packed, "weight_scale": scale, **whole}
+    """Sixteen weights share a scale, which is FP8 and relative to the tensor's own."""
+    groups = weight.float().unflatten(1, (-1, 16))
+    whole = FP8_MAX * FP4[-1] / weight.float().abs().max().clamp(min=1e-9)
+    scales = (groups.abs().amax(2) / FP4[-1] * whole).to(FP8)
+    scaled = groups * whole / scales.float().clamp(min=1e-9)[..., None]
+    codes = (scaled.abs()[..., None] - torch.tensor(FP4)).abs().argmin(-1) + 8 * (scaled < 0)
+    pairs = codes.flatten(1).unflatten(1, (-1, 2))
+    packed = (pairs[..., 0] + 16 * pairs[..., 1]).to(torch.uint8)
+    ones = {"weight_global_scale": whole.reshape(1), "input_global_scale": torch.ones(1)}
+    return {"weight_packed": packed, "weight_scale": scales, **ones}
 
 
 def _compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
@@ -110,7 +137,7 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Tensors]]] = {
     "fp8-static": ({"quant_method": "fp8", "activation_scheme": "static"}, _fp8_static),
     "fp8-dynamic": ({"quant_method": "fp8", "activation_scheme": "dynamic"}, _fp8),
     "fp8-blocks": (
-        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [GROUP, GROUP]},
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]},
         _fp8_blocks,
     ),
     "int4": (_compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}, None), _packed),
@@ -127,12 +154,18 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Tensors]]] = {
 def save(kind: str, directory: Path, **more: Any) -> None:
     """Write a tiny Llama of this kind; `more` goes into its configuration."""
     save_model(LlamaConfig(**SIZES | WIDER | more), directory)
+    quantise(kind, directory)
+
+
+def quantise(kind: str, directory: Path) -> None:
+    """Round the linear layers of a checkpoint of one file, where it lies."""
     settings, pack = KINDS[kind]
-    edit_json(directory / "config.json", quantization_config=settings)
+    edit_json(directory / "config.json", quantization_config=settings, dtype="float16")
 
-    def quantise(tensors: Tensors) -> None:
-        for name in [name for name in tensors if "_proj" in name]:
+    def edit(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
             layer = name.removesuffix(".weight")
-            tensors |= {f"{layer}.{part}": tensor for part, tensor in pack(tensors.pop(name)).items()}
+            parts = {f"{layer}.{part}": tensor for part, tensor in pack(tensors.pop(name)).items()}
+            tensors |= {part: tensor for part, tensor in parts.items() if part not in tensors}  # a bias stays
 
-    edit_tensors(directory, quantise)
+    edit_tensors(directory, edit)

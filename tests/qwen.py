@@ -7,9 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from borg_serve.checkpoint.demo import default_directory
+from borg_serve.checkpoint.demo import materialise
 from borg_serve.identity import template
 from borg_serve.identity.prefix import TokenPrefix, token_prefix
 from borg_serve.identity.text import load_identity
@@ -29,12 +27,8 @@ def qwen_directory() -> Path:
 
 
 def directory(family: str) -> Path:
-    """Return the checkpoint directory of a family; skip the test if it is the demo model's and not there yet."""
-    if family == "qwen2.5":
-        return qwen_directory()
-    if not default_directory().is_dir():
-        pytest.skip(f"no demo model in {default_directory()}; `borg-serve demo-model` makes it")
-    return default_directory()
+    """Return the checkpoint directory of a family, made the first time."""
+    return qwen_directory() if family == "qwen2.5" else materialise()
 
 
 @cache

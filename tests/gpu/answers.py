@@ -72,7 +72,9 @@ def main(model: str, attention: str, out: str, *batches: str) -> None:
     for batch in map(int, batches):
         parts = [given[start : start + batch] for start in range(0, len(given), batch)]
         answers[str(batch)] = [row for part in parts for row in answer(part)]
-    Path(out).write_text(json.dumps(answers))
+    whole = Path(out).with_suffix(".part")
+    whole.write_text(json.dumps(answers))
+    whole.rename(out)
 
 
 if __name__ == "__main__":

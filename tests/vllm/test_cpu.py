@@ -5,6 +5,7 @@ import sys
 import time
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import zmq
@@ -23,7 +24,7 @@ def polls(monkeypatch: pytest.MonkeyPatch, read_s_ago: float) -> int:
     polls: list[bool] = []
     monkeypatch.setattr(shm_broadcast, "sched_yield", lambda: polls.append(True))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-    address = "inproc://waiting"
+    address = f"inproc://{uuid4()}"  # closing one takes ZeroMQ a moment
     writer: Any = shm_broadcast.SpinCondition(is_reader=False, context=context, notify_address=address)
     reader: Any = shm_broadcast.SpinCondition(is_reader=True, context=context, notify_address=address)
     reader.last_read = time.monotonic() - read_s_ago
