@@ -32,14 +32,19 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], l
     for attention in ("stock", "shared"):
         out = tmp_path_factory.mktemp(attention) / "answers.json"
         command = [sys.executable, "-m", "tests.gpu.answers", MODEL, attention, str(out), ALL, FEW]
-        with subprocess.Popen(command, start_new_session=True) as process:
-            try:
-                wait_until("the answers are there", lambda: out.exists() or process.poll() is not None, 400)
-            finally:  # on one host the interpreter did not end behind an engine that had
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+        run_until_written(command, out)
         found |= {(attention, batch): rows for batch, rows in json.loads(out.read_text()).items()}
     return found
+
+
+def run_until_written(command: list[str], out: Path) -> None:
+    """Run a command until its file is there; on one host the interpreter did not end behind an engine that had."""
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            wait_until(f"{out} is written", lambda: out.exists() or process.poll() is not None, 400)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def distances(one: list[Answer], other: list[Answer]) -> tuple[list[float], int]:
