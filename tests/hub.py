@@ -19,9 +19,10 @@ class Repository:
 
     directory: Path
     revisions: frozenset[str] = frozenset({"main", COMMIT})
-    gated: bool = False
-    down: bool = False
-    """Whether every request is answered with 503."""
+    gated: int | None = None
+    """The status that files are refused with: 401 to a client without a token, 403 to one that may not read them."""
+    refused: tuple[int, str] | None = None
+    """The status and the hub's code that everything is answered with."""
     cut: set[str] = field(default_factory=set)
     """Files whose first answer ends after half of its bytes."""
     held: set[str] = field(default_factory=set)
@@ -83,16 +84,16 @@ class _Handler(BaseHTTPRequestHandler):
         repository, rest = self.found.repositories.get("/".join(words[:2])), words[2:]
         if repository is None:
             self._refuse(404, "RepoNotFound")
-        elif repository.down:
-            self._refuse(503, "")
+        elif repository.refused is not None:
+            self._refuse(*repository.refused)
         elif len(rest) < 2 or rest[1] not in repository.revisions:
             self._refuse(404, "RevisionNotFound")
         elif rest[0] == "revision":
             self._json({"id": "/".join(words[:2]), "sha": COMMIT, "siblings": []})
         elif rest[0] == "tree":
             self._json(repository.tree())
-        elif repository.gated:
-            self._refuse(403, "GatedRepo")
+        elif repository.gated is not None:
+            self._refuse(repository.gated, "GatedRepo")
         elif not (repository.directory / "/".join(rest[2:])).is_file():
             self._refuse(404, "EntryNotFound")
         else:

@@ -103,10 +103,14 @@ def test_hub_gives_what_is_served_and_nothing_else(model: Path, tmp_path: Path) 
 def test_hub_errors_are_one_line_with_the_cure(model: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors", INDEX_FILE))
     lost = shutil.copytree(model, tmp_path / "lost", ignore=shutil.ignore_patterns("model-00001*"))
-    repositories = {"org/gated": Repository(model, gated=True), "org/down": Repository(model, down=True)}
+    repositories = {"org/gated": Repository(model, gated=401), "org/mine": Repository(model, gated=403)}
+    repositories |= {"org/private": Repository(model, refused=(401, "RepoNotFound"))}
+    repositories |= {"org/down": Repository(model, refused=(503, ""))}
     repositories |= {"org/model": Repository(model), "org/bare": Repository(bare), "org/lost": Repository(lost)}
     cases = {
         ("org/gated", None): "model.path: is gated, got 'org/gated'. Accept its terms on its page",
+        ("org/mine", None): "model.path: is gated, got 'org/mine'. Accept its terms on its page",
+        ("org/private", None): "model.path: is unknown to the hub, or private, got 'org/private'. Correct the name, or",
         ("org/absent", None): "model.path: is unknown to the hub, or private, got 'org/absent'. Correct the name",
         ("org/model", "v9"): "model.revision: is no branch, tag or commit of org/model, got 'v9'. Correct or remove",
         ("org/down", None): "model.path: the hub answers 503, got 'org/down'. Try again later",
