@@ -40,6 +40,26 @@ def fetch(package: str, sha256: str, files: Sequence[str], name: str) -> Path:
     return target
 
 
+def install(packages: Sequence[str], name: str) -> Path:
+    """Return the directory `name` with these packages (`name@version`) and what they need, installed the first time.
+
+    None of their scripts is run. Raises RuntimeError if npm fails.
+    """
+    target = default_directory().parent / name
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        whole = Path(scratch, "packages")
+        whole.mkdir()
+        command = ["npm", "install", "--prefix", str(whole), "--ignore-scripts", "--no-audit", "--no-fund", *packages]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=whole)
+        if done.returncode:
+            raise RuntimeError(f"{packages}: npm install failed, got {done.stderr.strip()!r}. Check the connection.")
+        whole.rename(target)
+    return target
+
+
 def _unpack(package: str, tarball: Path, sha256: str, files: Sequence[str], directory: Path) -> None:
     digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
     if digest != sha256:

@@ -1,12 +1,15 @@
 """Checkpoints of each quantised kind, with names, shapes and numbers as the programs that make them write."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from transformers import LlamaConfig
 
+from tests.engine.process import PROFILE, running
 from tests.tiny import SIZES, edit_json, edit_tensors, save_model
 
 GROUP, BLOCK = 32, 128
@@ -101,9 +104,9 @@ def _fp8_channels(weight: torch.Tensor) -> Tensors:
 
 
 def _nvfp4(weight: torch.Tensor) -> Tensors:
-    """Sixteen weights share a scale, which is FP8 and relative to the tensor's own."""
+    """Sixteen weights share a scale, which is FP8 and relative to one that layers computed together must share."""
     groups = weight.float().unflatten(1, (-1, 16))
-    whole = FP8_MAX * FP4[-1] / weight.float().abs().max().clamp(min=1e-9)
+    whole = torch.tensor(FP8_MAX * FP4[-1] / 4)  # weights of up to 4
     scales = (groups.abs().amax(2) / FP4[-1] * whole).to(FP8)
     scaled = groups * whole / scales.float().clamp(min=1e-9)[..., None]
     codes = (scaled.abs()[..., None] - torch.tensor(FP4)).abs().argmin(-1) + 8 * (scaled < 0)
@@ -149,6 +152,25 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Tensors]]] = {
     "nvfp4": (_compressed("nvfp4-pack-quantized", FOUR, {**FOUR, "dynamic": "local"}), _nvfp4),
 }
 """config.json's `quantization_config` and what becomes of a linear layer's weight, by kind."""
+
+
+def grouped(kind: str, size: int) -> dict[str, Any]:
+    """The `quantization_config` of a kind whose groups have another size."""
+    settings = copy.deepcopy(KINDS[kind][0])
+    found = [settings, *(group["weights"] for group in settings.get("config_groups", {}).values())]
+    for part in found:
+        if part.get("group_size", 16) != 16:  # NVFP4 has no other size
+            part["group_size"] = size
+    return settings
+
+
+def capital_of_france(folder: Path, *settings: str, profile: Path = PROFILE) -> str:
+    """What a server answers that is started for it."""
+    with running(folder, *settings, profile=profile) as server:
+        body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+        answer = httpx.post(f"{server.base_url}/v1/chat/completions", json=body | {"max_tokens": 12}, timeout=180)
+    text: str = answer.json()["choices"][0]["message"]["content"]
+    return text
 
 
 def save(kind: str, directory: Path, **more: Any) -> None:

@@ -12,48 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from borg_serve.api import chat, messages, responses
-from borg_serve.api.errors import ApiError
-from borg_serve.api.protocol import ClientProtocol
 from tests.chats import BOUNDS
-from tests.protocols import Part, document, parts, stream
+from tests.closure import Server
+from tests.protocols import Part, parts
 
 USER = {"role": "user", "content": "hello"}
-PROTOCOLS: dict[str, ClientProtocol] = {module.PATH: module for module in (chat, responses, messages)}
 PARAMETERS = {"type": "object", "properties": {}}
-LOGPROBS = {"content": [{"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}]}
-
-
-class Server:
-    """Our answers to a client's requests, from what an engine would have said."""
-
-    def __init__(self) -> None:
-        self.said: list[Part] = []
-        self.finish = "stop"
-        self.bodies: list[dict[str, Any]] = []
-        """The chat requests for vLLM so far."""
-
-    def __call__(self, request: httpx2.Request) -> dict[str, Any]:
-        protocol = PROTOCOLS[request.url.path]
-        try:
-            body, answer = protocol.parse(request.read(), BOUNDS, str)
-        except ApiError as error:
-            return {"status_code": error.status, "json": protocol.error_body(error.status, error.fields(), "r")}
-        self.bodies.append(body)
-        wanted = json.loads(request.content)
-        logprobs = LOGPROBS if body.get("logprobs") else None
-        if not body.get("stream"):
-            raw = answer.document(document(self.said, self.finish, logprobs=logprobs))
-        else:
-            events = stream(self.said, self.finish, logprobs=logprobs)
-            raw = b"".join(answer.feed(event) for event in events)
-            raw = answer.gathered() if answer.gathers else raw
-        kind = "text/event-stream" if wanted.get("stream") else "application/json"
-        return {"status_code": 200, "content": raw, "headers": {"content-type": kind}}
-
 
 SERVER = Server()
-HTTP = httpx2.Client(transport=httpx2.MockTransport(lambda request: httpx2.Response(**SERVER(request))))
+
+
+def answer(request: httpx2.Request) -> httpx2.Response:
+    status, kind, raw = SERVER.answer(request.url.path, request.read())
+    return httpx2.Response(status, content=raw, headers={"content-type": kind})
+
+
+HTTP = httpx2.Client(transport=httpx2.MockTransport(answer))
 OPENAI: Any = openai.OpenAI(api_key="x", base_url="http://borg/v1", http_client=HTTP)
 ANTHROPIC: Any = anthropic.Anthropic(api_key="x", base_url="http://borg", http_client=HTTP)
 
@@ -156,16 +130,6 @@ WAYS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 """What a client's helper asks -> how its answer goes back, and what it asks with."""
 
 
-def understood() -> list[Part]:
-    """What the last request's assistant said, as the engine gets it."""
-    turn = SERVER.bodies[-1]["messages"][1]
-    assert turn["role"] == "assistant"
-    calls = [
-        (call["function"]["name"], json.loads(call["function"]["arguments"])) for call in turn.get("tool_calls", ())
-    ]
-    return [("", turn["content"]), *calls]
-
-
 @pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=5, deadline=None)
 @given(said=parts, finish=st.sampled_from(["stop", "length"]))
@@ -176,7 +140,7 @@ def test_closure_an_answer_goes_back_as_history(way: str, said: list[Part], fini
     text = "".join(piece for name, piece in said if not name)
     for form in ask(**more):
         back(form)
-        assert understood() == [("", text), *((name, json.loads(arguments)) for name, arguments in said if name)]
+        assert SERVER.understood() == [("", text), *((name, json.loads(arguments)) for name, arguments in said if name)]
 
 
 def test_closure_parsed_objects_go_back() -> None:
