@@ -22,7 +22,7 @@ WIDER: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "dtype": "
 
 def _grouped(weight: torch.Tensor, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Four bits a weight, rounded: (outputs, inputs) of 0 to 15, and zeros and scales of (outputs, groups)."""
-    groups = weight.float().unflatten(1, (-1, GROUP))
+    groups = weight.float().reshape(weight.shape[0], -1, GROUP)
     if symmetric:
         scales = (groups.abs().amax(2) / 7).clamp(min=1e-5)
         zeros = torch.full_like(scales, 8)
@@ -37,7 +37,7 @@ def _grouped(weight: torch.Tensor, symmetric: bool) -> tuple[torch.Tensor, torch
 
 def _words(numbers: torch.Tensor, order: Sequence[int] = range(8)) -> torch.Tensor:
     """Eight numbers of four bits in each int32, along the last dimension; `order[i]` is in bits 4i to 4i + 3."""
-    eights = numbers.unflatten(-1, (-1, 8))[..., list(order)].long()
+    eights = numbers.reshape(*numbers.shape[:-1], -1, 8)[..., list(order)].long()
     words = (eights << torch.arange(0, 32, 4)).sum(-1)
     return torch.where(words < 2**31, words, words - 2**32).int().contiguous()
 
@@ -77,7 +77,7 @@ def _fp8_blocks(weight: torch.Tensor) -> Tensors:
     """Blocks of BLOCK rows and columns; the last ones may be smaller."""
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    blocks = padded.reshape(padded.shape[0] // BLOCK, BLOCK, -1, BLOCK)
     scales = (blocks.abs().amax((1, 3)) / FP8_MAX).clamp(min=1e-9)
     scaled = (blocks / scales[:, None, :, None]).flatten(0, 1).flatten(1)
     return {"weight": scaled[:rows, :columns].to(FP8).contiguous(), "weight_scale_inv": scales}
@@ -105,12 +105,12 @@ def _fp8_channels(weight: torch.Tensor) -> Tensors:
 
 def _nvfp4(weight: torch.Tensor) -> Tensors:
     """Sixteen weights share a scale, which is FP8 and relative to one that layers computed together must share."""
-    groups = weight.float().unflatten(1, (-1, 16))
+    groups = weight.float().reshape(weight.shape[0], -1, 16)
     whole = torch.tensor(FP8_MAX * FP4[-1] / 4)  # weights of up to 4
     scales = (groups.abs().amax(2) / FP4[-1] * whole).to(FP8)
     scaled = groups * whole / scales.float().clamp(min=1e-9)[..., None]
     codes = (scaled.abs()[..., None] - torch.tensor(FP4)).abs().argmin(-1) + 8 * (scaled < 0)
-    pairs = codes.flatten(1).unflatten(1, (-1, 2))
+    pairs = codes.reshape(weight.shape[0], -1, 2)
     packed = (pairs[..., 0] + 16 * pairs[..., 1]).to(torch.uint8)
     ones = {"weight_global_scale": whole.reshape(1), "input_global_scale": torch.ones(1)}
     return {"weight_packed": packed, "weight_scale": scales, **ones}

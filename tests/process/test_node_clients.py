@@ -31,7 +31,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The script beside the packages that it imports."""
     folder = tmp_path_factory.mktemp("node")
     (folder / "node_modules").symlink_to(npm.install(PACKAGES, "sdks-for-node") / "node_modules")
-    return shutil.copy(SCRIPT, folder)
+    return Path(shutil.copy(SCRIPT, folder))
 
 
 @pytest.fixture
