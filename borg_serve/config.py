@@ -148,6 +148,10 @@ class Limits(Section):
     queued_bytes: PositiveInt | Auto = Field("auto", examples=["auto"])
     """Bytes of client text that may wait. `auto`: as many as the KV cache holds tokens, at least
     `body_bytes`."""
+    cache_scope: Literal["key", "user", "all"] | None = Field(None, examples=["user"])
+    """Who finds whose KV blocks again behind the identity's, which all share: those of one API key; of one key and one
+    `user`, `safety_identifier` or `metadata.user_id` of requests; or everybody. Without it `key` where `server.keys` is
+    set, else `all`."""
 
 
 class Cluster(Section):
@@ -301,6 +305,9 @@ def _cross_checks(config: Config, file: Path) -> list[Problem]:
     if limits.default_max_tokens > limits.max_tokens:
         what = f"must not pass limits.max_tokens ({limits.max_tokens})"
         problems.append(Problem(f"{file}: limits.default_max_tokens", what, limits.default_max_tokens, "Lower it."))
+    if limits.cache_scope == "key" and server.keys is None:
+        cure = "Set server.keys, or remove it."
+        problems.append(Problem(f"{file}: limits.cache_scope", "needs API keys to tell apart", "key", cure))
     if config.model.revision is not None and not is_hub_id(config.model.path):
         what = "belongs to a hub id, and model.path is a directory"
         problems.append(Problem(f"{file}: model.revision", what, config.model.revision, "Remove it."))

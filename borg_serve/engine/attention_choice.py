@@ -55,10 +55,11 @@ def choose(config: Config, prefix_tokens: int, device: Literal["cpu", "cuda"], c
 
 
 def arguments(config: Config, choice: Choice, prefix_tokens: int) -> dict[str, Any]:
-    """vLLM's arguments that follow from a choice."""
+    """vLLM's arguments that follow from a choice, and from the prefix."""
+    found = sharing(prefix_tokens, config.engine.get("additional_config") or {})
     if choice.name == "stock":
-        return {}
-    return sharing(prefix_tokens, config.engine.get("additional_config") or {})
+        del found["attention_backend"]
+    return found
 
 
 def sharing(prefix_tokens: int, more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:

@@ -7,7 +7,8 @@ The same class serves one machine and every replica of a cluster. The street of 
  3. gate.keys           find the key's owner; refuse without reading the body if the server is not ready or is full
  4. gate.quota          count the request against the key's limits
  5. gate.request        read the body, bounded in size and time; then abort at the deadline, or if the client leaves
- 6. api                 parse chat, responses or messages into one chat request, with control tokens neutralised
+ 6. api                 parse chat, responses or messages into one chat request, with control tokens neutralised;
+                        gate.cache_scope salts what follows the identity
  7. gate.admission      wait for a slot in the engine
  8. identity.template   vLLM's chat handler renders our template: the identity first, then the client's conversation
  9. engine.renderer     tokenise what follows the identity
@@ -38,6 +39,7 @@ from borg_serve.config import Limits
 from borg_serve.gate import tracing
 from borg_serve.gate.admission import Admission, Busy
 from borg_serve.gate.answer import Response, failure
+from borg_serve.gate.cache_scope import CacheScope, cache_salt, heeded
 from borg_serve.gate.keys import Key, KeyRing
 from borg_serve.gate.models import model, models
 from borg_serve.gate.quota import Quota
@@ -79,6 +81,10 @@ class Gate:
     _admission: Admission | None = field(default=None, init=False)
     _context: int | None = field(default=None, init=False)
     _counting: int = field(default=0, init=False)
+
+    @cached_property
+    def _cache_scope(self) -> CacheScope:
+        return self.limits.cache_scope or ("all" if self.keys is None else "key")
 
     @cached_property
     def _openapi(self) -> Mapping[str, Any]:
@@ -204,6 +210,9 @@ class Gate:
         async with self._counted(key, response):
             raw = await request.body(self.limits.body_bytes, self.limits.body_s)
             body, answer = response.protocol.parse(raw, self.bounds, self.neutralise)
+            if salt := cache_salt(self._cache_scope, key, raw):
+                body["cache_salt"] = salt
+                answer.ignored = heeded(answer.ignored, self._cache_scope)
             response.answers(answer)
             choices = body.get("n") or 1
             slots = self._one_count() if counts is not None else _admitted(request, admission, choices, len(raw))

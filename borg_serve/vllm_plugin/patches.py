@@ -22,8 +22,10 @@ SPIN_S = 0.005
 within 3 million ticks (its max_command_delay); a process that sleeps by then would miss it for 5 s."""
 
 
-def remember_prefix_hashes() -> None:
-    """Make the next engine core of this process compute the block hashes of the prefix once.
+def remember_prefix_hashes(prefix_tokens: int) -> None:
+    """Make the next engine core of this process compute the block hashes of the prefix once, and salt none of them.
+
+    `prefix_tokens`: how many tokens all prompts begin with, 0 if that is not known.
 
     The core creates its hasher after the scheduler and takes no other one.
     """
@@ -34,7 +36,7 @@ def remember_prefix_hashes() -> None:
 
     def make_remembering(block_size: int, *args: Any) -> Hasher:
         module.get_request_block_hasher = make
-        return remember_hashes(make(block_size, *args), block_size)
+        return remember_hashes(make(block_size, *args), block_size, prefix_tokens)
 
     module.get_request_block_hasher = make_remembering
 

@@ -6,6 +6,7 @@ hasher, lookup and table by their shape only.
 """
 
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any
 
 __all__ = ["Hasher", "Lookup", "Writer", "remember_blocks", "remember_hashes", "remember_ids"]
@@ -43,17 +44,24 @@ class _Beginning:
         self._kept = [], []
 
 
-def remember_hashes(hasher: Hasher, block_size: int) -> Hasher:
+def remember_hashes(hasher: Hasher, block_size: int, prefix_tokens: int = 0) -> Hasher:
     """Return a hasher with the same results that does not compute the hashes of the prefix again.
 
-    `block_size`: tokens a hash. Requests whose hashes depend on more than their tokens (images, adapters, salts,
-    embeddings) go to `hasher` as they are.
+    `block_size`: tokens a hash. `prefix_tokens`: how many tokens all prompts begin with; a request with a salt shares
+    the full blocks of these, and no block behind them with a request of another salt. vLLM salts the first block, and
+    so all: without `prefix_tokens` that stays so. Requests whose hashes depend on more (images, adapters, embeddings)
+    go to `hasher` as they are.
     """
     prefix = _Beginning(block_size)
+    salted = _salted(hasher, block_size, prefix_tokens // block_size)
 
     def hash_blocks(request: Any) -> list[bytes]:
         before = request.block_hashes
-        if before or not _depends_on_tokens_alone(request):
+        if not _depends_on_tokens_alone(request):
+            return hasher(request)
+        if request.cache_salt is not None:
+            return salted(request)
+        if before:
             return hasher(request)
         hashes = prefix.values(request.prompt_token_ids)
         if not hashes:
@@ -65,6 +73,38 @@ def remember_hashes(hasher: Hasher, block_size: int) -> Hasher:
             return hashes + hasher(request)
         finally:
             request.block_hashes = before  # the same list: its owner extends it next
+
+    return hash_blocks
+
+
+def _salted(hasher: Hasher, block_size: int, shared: int) -> Hasher:
+    """A hasher for requests with a salt: it enters the chain of hashes behind so many blocks."""
+    size = shared * block_size
+    known: tuple[list[int], list[bytes]] = [], []
+
+    def of_the_prefix(request: Any) -> list[bytes]:
+        """The hashes of the blocks that all share, or none if the prompt begins otherwise."""
+        nonlocal known
+        begins, hashes = request.prompt_token_ids[:size], known[1]
+        if not hashes and len(begins) == size:
+            hashes = hasher(request)[:shared]
+            known = begins, hashes
+        return hashes if begins == known[0] else []
+
+    def hash_blocks(request: Any) -> list[bytes]:
+        before, salt = request.block_hashes, request.cache_salt
+        if not shared or len(before) > shared:
+            return hasher(request)
+        request.cache_salt, request.block_hashes = None, []
+        try:
+            hashes = of_the_prefix(request)
+            if hashes:
+                parent = sha256(hashes[-1] + salt.encode()).digest()
+                request.block_hashes = [*hashes[:-1], parent]  # vLLM's hasher continues after it
+                return hashes[len(before) :] + hasher(request)
+        finally:
+            request.cache_salt, request.block_hashes = salt, before
+        return hasher(request)
 
     return hash_blocks
 
@@ -126,5 +166,5 @@ def remember_ids(write: Writer) -> Writer:
 
 
 def _depends_on_tokens_alone(request: Any) -> bool:
-    more = (request.mm_features, request.lora_request, request.cache_salt, request.prompt_embeds)
+    more = (request.mm_features, request.lora_request, request.prompt_embeds)
     return request.prompt_token_ids is not None and not any(item is not None and item != [] for item in more)

@@ -1,11 +1,13 @@
 """vLLM's scheduler for prompts that all begin alike: it spaces prefills and looks the prefix's KV blocks up once.
 
-vLLM creates it in the engine's process (`scheduler_cls`). It does not know which prefix the prompts share.
+vLLM creates it in the engine's process (`scheduler_cls`). It knows how many tokens the prompts
+share, and not which.
 """
 
 from itertools import count
 from typing import Any
 
+from borg_serve.engine.attention_choice import PREFIX_OPTION
 from borg_serve.upstream import pinned
 from borg_serve.vllm_plugin.lifetime import end_with_parent
 from borg_serve.vllm_plugin.patches import remember_prefix_hashes
@@ -34,11 +36,12 @@ class SharedPrefixScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self._steps = count()
         coordinator: Any = self.kv_cache_manager.coordinator
+        options: Any = self.vllm_config.additional_config or {}
         if _only_hashes_count(coordinator):
             coordinator.find_longest_cache_hit = remember_blocks(
                 coordinator.find_longest_cache_hit, coordinator.block_size
             )
-        remember_prefix_hashes()
+        remember_prefix_hashes(int(options.get(PREFIX_OPTION, 0)))
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule a step; one in `prefill_schedule_interval` admits prompts while others decode.

@@ -62,7 +62,8 @@ def test_backend_arguments_are_vllms() -> None:
     parsed = arguments.namespace({"model": "/x", **given})
     assert AttentionBackendEnum[parsed.attention_backend] == AttentionBackendEnum.CUSTOM
     assert parsed.additional_config == {"other": 1, attention_choice.PREFIX_OPTION: 2128}
-    assert attention_choice.arguments(config, attention_choice.choose(config, 2128, "cpu", None), 2128) == {}
+    stock = attention_choice.arguments(config, attention_choice.choose(config, 2128, "cpu", None), 2128)
+    assert stock == {"additional_config": parsed.additional_config}
 
 
 @pytest.mark.parametrize("found", [{}, {attention_choice.PREFIX_OPTION: 0}, {attention_choice.PREFIX_OPTION: "many"}])

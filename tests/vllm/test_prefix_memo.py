@@ -78,6 +78,44 @@ def test_hashes_that_depend_on_more_than_tokens_are_not_remembered() -> None:
     assert salted.block_hashes != request(IDENTITY, ours).block_hashes
 
 
+TAILS = st.lists(st.integers(0, 2), max_size=3 * BLOCK)
+WHO = st.sampled_from([None, "one", "other"])
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(WHO, TAILS, st.integers(0, 2 * BLOCK)), min_size=2, max_size=6), st.integers(0, BLOCK))
+def test_salted_hashes_are_shared_for_the_prefix_and_by_the_same_salt_alone(
+    requests: list[tuple[str | None, list[int], int]], more: int
+) -> None:
+    """Two requests have a block's hash in common where it lies in the prefix, or where text and salt are the same."""
+    tokens = 40 * BLOCK + more % 5
+    ours = remember_hashes(stock(), BLOCK, tokens)
+    shared = tokens // BLOCK
+    made = []
+    for salt, tail, answer in requests:
+        one = request(IDENTITY + tail, ours, cache_salt=salt)
+        for token in range(answer):
+            one.append_output_token_ids(token % 2)
+        assert one.cache_salt == salt
+        assert len(one.block_hashes) == one.num_tokens // BLOCK
+        made.append((salt, list(one.all_token_ids), one.block_hashes))
+    for salt, ids, hashes in made:
+        for its, its_ids, its_hashes in made:
+            for block, (mine, others) in enumerate(zip(hashes, its_hashes, strict=False)):
+                end = (block + 1) * BLOCK
+                assert (mine == others) == (block < shared or (salt == its and ids[:end] == its_ids[:end]))
+
+
+def test_salted_hashes_of_the_prefix_are_those_without_a_salt_and_computed_once() -> None:
+    calls: list[int] = []
+    ours = remember_hashes(counted(stock(), calls), BLOCK, len(IDENTITY))
+    first, again = (request(IDENTITY + [1] * 20, ours, cache_salt="x") for _ in range(2))
+    assert calls == [41, 1, 1]
+    assert first.block_hashes == again.block_hashes
+    assert first.block_hashes[:40] == request(IDENTITY, stock()).block_hashes
+    assert request([1] * 99, ours, cache_salt="x").block_hashes != request([1] * 99, stock()).block_hashes
+
+
 def manager(blocks: int, remembers: bool) -> KVCacheManager:
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.bfloat16)
     config = KVCacheConfig(blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])

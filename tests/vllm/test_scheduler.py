@@ -134,7 +134,7 @@ def test_scheduler_does_not_look_up_or_hash_the_identity_again(model: Path, monk
 
     engine = Engine(configuration(model))
     make = core.get_request_block_hasher
-    patches.remember_prefix_hashes()
+    patches.remember_prefix_hashes(0)
     engine.hasher = core.get_request_block_hasher(BLOCK, counted)
     assert core.get_request_block_hasher is make, "only the core that this scheduler is for"
     pool = engine.scheduler.kv_cache_manager.block_pool
@@ -177,4 +177,4 @@ def test_scheduler_schedules_ahead_where_vllm_decides_so(model: Path, ahead: boo
 def test_scheduler_of_a_vllm_that_makes_its_hasher_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(core, "get_request_block_hasher")
     with pytest.raises(EngineError, match=r"vLLM moved get_request_block_hasher, got none\. Use the pinned vLLM 0"):
-        patches.remember_prefix_hashes()
+        patches.remember_prefix_hashes(0)
