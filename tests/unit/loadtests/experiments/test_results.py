@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loadtests.experiments import api_process, calibrate, compare, conversations, overhead, overload, soak
+from loadtests.experiments import api_process, calibrate, compare, conversations, guesses, overhead, overload, soak
 
 RESULTS = Path(__file__).parents[4] / "docs" / "results"
 
@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parents[4] / "docs" / "results"
         ("api-process-ray", api_process.text),
         ("calibration", calibrate.text),
         ("compare-cpu", compare.text),
+        ("guesses", guesses.text),
         ("overhead", overhead.text),
         ("overload", overload.text),
         ("routing", conversations.text),
