@@ -133,7 +133,6 @@ EXERCISED: dict[str, Run | Covered] = {
     ),
     "make compare": Covered(MODULES, why=LONG),
     "make tails": Covered(MODULES, why=LONG),
-    "make guesses": Covered(MODULES, why=LONG),  # docs/tenants.md
     "make compare-runs A=build/a/run.json B=build/b/run.json": Covered(
         "test_compare_command_prints_a_verdict_for_each_figure",
         why="needs two runs",
