@@ -210,7 +210,7 @@ class Gate:
         async with self._counted(key, response):
             raw = await request.body(self.limits.body_bytes, self.limits.body_s)
             body, answer = response.protocol.parse(raw, self.bounds, self.neutralise)
-            if salt := cache_salt(self._cache_scope, key, raw):
+            if counts is None and (salt := cache_salt(self._cache_scope, key, raw)):
                 body["cache_salt"] = salt
                 answer.ignored = heeded(answer.ignored, self._cache_scope)
             response.answers(answer)
