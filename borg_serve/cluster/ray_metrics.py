@@ -13,7 +13,7 @@ from ray.util.metrics import Gauge
 __all__ = ["copy", "run"]
 
 PERIOD_S = 5.0
-PREFIXES = ("borg_", "vllm:")
+PREFIXES = ("borg_", "gen_ai_", "vllm:")
 
 
 def copy(replica: str) -> None:

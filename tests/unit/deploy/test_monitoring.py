@@ -76,14 +76,14 @@ def test_deploy_s_own_metrics_are_ours() -> None:
         for family in getattr(metrics, offered).describe():
             suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
             ours |= {family.name + suffix for suffix in suffixes}
-    assert {name for name in promql.ANYWHERE if name.startswith("borg_")} <= ours
+    assert {name for name in promql.ANYWHERE if name.startswith(("borg_", "gen_ai_"))} <= ours
 
 
 def test_deploy_s_refusal_reasons_are_ours() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "borg_serve").rglob("*.py"))
     reasons = set()
     for expression in promql.all_expressions().values():
-        for found in re.findall(r"(?:reason|outcome)=~?\"([\w|]+)\"", expression):
+        for found in re.findall(r"(?:reason|outcome|error_type)=~?\"([\w|]+)\"", expression):
             reasons |= set(found.split("|"))
     assert len(reasons) >= 5
     for reason in reasons:
@@ -149,7 +149,7 @@ def test_deploy_dashboards_show_what_the_service_promises() -> None:
         for panel in promql.panels(json.loads(path.read_text(encoding="utf-8")))
         if panel["type"] == "row"
     ]
-    assert set(rows) >= {"Traffic", "Latency", "KV cache and identity", "Refusals", "Health", "Replicas"}
+    assert set(rows) >= {"Traffic", "Latency", "KV cache and identity", "Refusals", "Health", "Keys", "Replicas"}
 
 
 def test_deploy_grafana_finds_its_source_and_its_dashboards() -> None:

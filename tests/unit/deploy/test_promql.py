@@ -73,9 +73,11 @@ def test_promql_finds_panels_in_collapsed_rows() -> None:
 
 def test_promql_renames_what_ray_exports_as_the_cluster_s_prometheus_does() -> None:
     exported = {"ray_vllm_time_to_first_token_seconds_bucket", "ray_borg_ready", "ray_serve_deployment_status", "up"}
+    exported |= {"ray_gen_ai_client_token_usage_sum"}
     assert promql.scraped(exported) == {
         "vllm:time_to_first_token_seconds_bucket",
         "borg_ready",
+        "gen_ai_client_token_usage_sum",
         "ray_serve_deployment_status",
         "up",
     }
