@@ -11,7 +11,7 @@ PROCESSES ?= 1
 ROUNDS ?= 5
 BIN := .venv/bin
 CLUSTER := RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1 RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY=1 RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE=1114112 RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=0 RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0 RAY_SERVE_HAPROXY_RETRY_ON="conn-failure empty-response" RAY_worker_niceness=0 RAY_USAGE_STATS_ENABLED=0 RAY_SERVE_CONTROL_LOOP_INTERVAL_S=1 RAY_SERVE_METRICS_EXPORT_INTERVAL_MS=5000
-APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium redis-server fonts-dejavu-core $$(command -v npm >/dev/null || echo npm)
+APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium redis-server postgresql fonts-dejavu-core $$(command -v npm >/dev/null || echo npm)
 HINT := "make setup: .venv is not complete, the next make starts it again. If torch was not found, let pip see PyTorch's index of CPU wheels too."
 MAKEFLAGS += --no-print-directory
 
@@ -49,10 +49,10 @@ cluster-demo: setup ## two replicas of the demo on a Ray cluster of this machine
 	@$(BIN)/borg-serve demo-model && mkdir -p build && sed 's/port: 8000/port: $(PORT)/' deploy/demo-cpu.yaml > build/demo-cpu.yaml
 	@$(CLUSTER) $(BIN)/serve run build/demo-cpu.yaml
 
-# Debian's packages for tests: a browser, the Redis that keeps a cluster's state, and npm for clients of Node.js. Without root or apt those tests are skipped, and say so.
-system: ## install chromium, redis-server and npm where they are missing and we may
-	@command -v chromium >/dev/null && command -v redis-server >/dev/null && command -v npm >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-	{ $(APT) || { apt-get update -qq && $(APT); }; }; } || echo "make system: chromium, redis-server or npm is missing; the tests that need them are skipped." >&2
+# Debian's packages for tests: a browser, the Redis that keeps a cluster's state, PostgreSQL for the usage ledger, and npm for clients of Node.js. Without root or apt those tests are skipped, and say so.
+system: ## install chromium, redis-server, postgresql and npm where they are missing and we may
+	@command -v chromium >/dev/null && command -v redis-server >/dev/null && command -v npm >/dev/null && { command -v postgres || ls /usr/lib/postgresql/*/bin/postgres; } >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	{ $(APT) || { apt-get update -qq && $(APT); }; }; } || echo "make system: chromium, redis-server, postgresql or npm is missing; the tests that need them are skipped." >&2
 
 test: setup system ## run every test that a CPU can run
 	$(BIN)/python -m pytest

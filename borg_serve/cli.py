@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Literal, TextIO
 
 import typer
 
 from borg_serve.config import Config, load
-from borg_serve.errors import BorgServeError, CheckpointError
+from borg_serve.errors import BorgServeError, CheckpointError, ConfigError, Problem
 
 __all__ = ["app", "main"]
 
@@ -249,6 +249,37 @@ def key_new(name: Annotated[str, typer.Argument(help="Whose key it is; shown in 
     key, entry = keys.new_key(name)
     print(f"The key of {name}, shown only now: {key}", file=sys.stderr)
     print(entry, end="")
+
+
+@app.command()
+def usage(
+    config: ConfigFile = DEMO,
+    set_: Sets = [],  # noqa: B006
+    url: Annotated[str | None, typer.Option("--url", help="The ledger, instead of the profile's usage.url.")] = None,
+    since: Annotated[
+        str | None, typer.Option("--since", help="The first day (UTC); default: this month's.", metavar="DATE")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", help="The day after the last.", metavar="DATE")] = None,
+    by: Annotated[str, typer.Option("--by", help="Groups: key, hour, day, month; in this order.")] = "key",
+    form: Annotated[Literal["table", "csv", "json"], typer.Option("--format", help="What to print.")] = "table",
+) -> None:
+    """Print what each API key has used, from the ledger of `usage.url`. Status 1 if its database is away."""
+    from borg_serve.usage import report
+    from borg_serve.usage.ledger import Ledger, LedgerAway
+
+    groups = report.groups(by)
+    first = report.moment("--since", since) if since is not None else report.this_month()
+    end = report.moment("--until", until) if until is not None else None
+    found = url or load(config, set_).usage.url
+    if found is None:
+        cure = "Set it, or name the database with --url."
+        raise ConfigError([Problem(f"{config}: usage.url", "no ledger is kept", None, cure)])
+    try:
+        rows = Ledger(found).sums(first, end, groups)
+    except LedgerAway as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(report.written(rows, groups, form))
 
 
 def _load(config: Path, sets: list[str]) -> Config:

@@ -4,13 +4,11 @@ Knows our own keys. Does not know vLLM: keys under `engine` are vLLM's names, an
 """
 
 import difflib
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
-from string import Template
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -18,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from borg_serve.errors import ConfigError, Problem
+from borg_serve.paths import absolute_url, cache_directory, expand, expand_url, hide_password
 from borg_serve.validation import path, sentence
 from borg_serve.yaml_file import RepeatedKeys, parse, read_yaml
 
@@ -33,23 +32,8 @@ Seconds = Annotated[float, Field(gt=0)]
 Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
 
 
-def expand(path: str) -> str:
-    """A path with `~`, `$NAME` and `${NAME}` replaced; `$$` is `$`. Raises ValueError where a variable is not set."""
-    try:
-        return os.path.expanduser(Template(path).substitute(os.environ))
-    except KeyError as error:
-        raise ValueError(f"needs the environment variable {error.args[0]}, which is not set") from None
-
-
 File = Annotated[Path, Field(strict=False), AfterValidator(lambda file: Path(expand(str(file))))]
 """YAML has no paths, only text."""
-
-
-def cache_directory() -> Path:
-    """Our directory in the user's cache, by the XDG specification, which ignores a relative XDG_CACHE_HOME."""
-    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    cache = configured if configured.is_absolute() else Path.home() / ".cache"
-    return cache / "borg-serve"
 
 
 class Section(BaseModel):
@@ -169,6 +153,22 @@ class Cluster(Section):
     """Root hash of the only checkpoint that may be served (`borg-serve manifest write` prints it)."""
 
 
+class Usage(Section):
+    """The ledger of what each API key has used (`borg-serve usage`)."""
+
+    url: Annotated[str, AfterValidator(expand_url)] | None = Field(
+        None, examples=["sqlite:////var/lib/borg-serve/usage.db"]
+    )
+    """The database, SQLite or PostgreSQL, such as `postgresql://borg:$PASSWORD@host/borg`. `@`, `:` and `/` of a
+    password are written `%40`, `%3A` and `%2F`. A relative SQLite file starts at the profile's folder. Without it
+    nothing is kept."""
+    spool: File | None = Field(None, examples=["/var/lib/borg-serve/usage"])
+    """The folder on a local disk where entries wait for the database; each database needs its own. A relative path
+    starts at the profile's folder. Without it `borg-serve/usage` in `$XDG_STATE_HOME`, which is `~/.local/state`."""
+    spool_bytes: PositiveInt = Field(64 << 20, examples=[67108864])
+    """The most bytes that may wait. Entries beyond are lost, and counted in `borg_usage_lost_total`."""
+
+
 class Config(Section):
     """A whole profile. Its paths are absolute."""
 
@@ -181,6 +181,7 @@ class Config(Section):
     server: Server = Field(default_factory=Server)
     limits: Limits = Field(default_factory=Limits)
     cluster: Cluster = Field(default_factory=Cluster)
+    usage: Usage = Field(default_factory=Usage)
 
 
 PROFILES = Path(__file__).with_name("configs").resolve()
@@ -289,7 +290,7 @@ def _problem(file: Path, names: list[str], detail: ErrorDetails) -> Problem:
     example = f"For example: {names[-1]}: {field.examples[0]}." if field is not None and field.examples else ""
     if detail["type"] == "missing":
         return Problem(where, "is missing", None, f"Add it. {example}".strip())
-    return Problem(where, sentence(detail), detail["input"], example or "Correct the value.")
+    return Problem(where, sentence(detail), hide_password(detail["input"]), example or "Correct the value.")
 
 
 def _cross_checks(config: Config, file: Path) -> list[Problem]:
@@ -334,4 +335,9 @@ def _absolute(config: Config) -> Config:
     model = config.model
     if not is_hub_id(model.path):
         model = model.model_copy(update={"path": str(Path(model.path).absolute())})
-    return config.model_copy(update={"identity": identity, "server": server, "model": model})
+    usage = config.usage
+    if usage.url is not None:
+        usage = usage.model_copy(update={"url": absolute_url(usage.url, folder)})
+    if usage.spool is not None:
+        usage = usage.model_copy(update={"spool": folder / usage.spool})
+    return config.model_copy(update={"identity": identity, "server": server, "model": model, "usage": usage})

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from borg_serve.config import Cluster, Limits, Model, Probe, Server
+from borg_serve.config import Cluster, Limits, Model, Probe, Server, Usage
 from borg_serve.reference import reference
 
 FILE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -17,7 +17,7 @@ def test_reference_is_the_committed_file() -> None:
 def test_reference_describes_every_key() -> None:
     rows = {line.split("`")[1]: line for line in reference().splitlines() if line.startswith("| `")}
     sections: dict[str, type[BaseModel]] = {"model": Model, "model.probe": Probe}
-    sections |= {"server": Server, "limits": Limits, "cluster": Cluster}
+    sections |= {"server": Server, "limits": Limits, "cluster": Cluster, "usage": Usage}
     keys = {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
     assert rows.keys() == keys | {"identity.prompt", "identity.attention"}
     for key, row in rows.items():
