@@ -26,7 +26,6 @@ EngineCheck = Callable[[Mapping[str, Any], str], list[Problem]]
 """(the `engine` section, the file's name) -> problems in it."""
 
 Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
@@ -126,9 +125,11 @@ class Limits(Section):
     top_p: float = Field(0.9, gt=0, le=1, examples=[0.9])
     """`top_p` of a request that sets none."""
     concurrent: PositiveInt | Auto = Field("auto", examples=["auto"])
-    """Requests in the engine at once, over all API processes. `auto`: what the KV cache and `max_num_seqs` hold."""
-    queued: Count | Auto = Field("auto", examples=["auto"])
-    """Requests that may wait for a slot. `auto`: an eighth of `concurrent`, at least one."""
+    """Sequences in the engine at once, over all API processes, if the KV cache holds what they need. `auto`:
+    `max_num_seqs`."""
+    max_wait_s: Annotated[float, Field(ge=0)] = Field(5, examples=[5])
+    """Seconds that a request may be expected to wait for the engine; it is refused at once where it would wait longer.
+    A key that has less than its share of the engine waits less."""
     queued_bytes: PositiveInt | Auto = Field("auto", examples=["auto"])
     """Bytes of client text that may wait. `auto`: as many as the KV cache holds tokens, at least
     `body_bytes`."""

@@ -43,7 +43,7 @@ IGNORED = Counter(
     "borg_ignored_fields", "Fields of requests that were ignored, by name; rare names as other", ["field"]
 )
 INFLIGHT = Gauge("borg_inflight", "Sequences admitted and not yet ended", multiprocess_mode="livesum")
-SLOTS = Gauge("borg_places", "Sequences that may be in the engine at once", multiprocess_mode="livesum")
+SLOTS = Gauge("borg_places", "Sequences that may be in the engine at once", multiprocess_mode="livemax")
 QUEUED = Gauge("borg_queued", "Requests waiting for admission", multiprocess_mode="livesum")
 QUEUE_SECONDS = Histogram(
     "borg_queue_seconds",

@@ -7,8 +7,10 @@ from typing import Any
 
 from borg_serve.api.protocol import Bounds
 from borg_serve.config import Limits
+from borg_serve.engine.memory import Slots
 from borg_serve.gate.admission import Admission
 from borg_serve.gate.app import Gate
+from borg_serve.gate.coordinator import Coordinator
 from borg_serve.gate.http import ABORT
 from borg_serve.gate.keys import KeyRing
 from borg_serve.gate.quota import Quota
@@ -223,12 +225,24 @@ class Client:
         return error
 
 
+def seats(concurrent: int, reserved: int = 0, kv_tokens: int = 1 << 20, queued_bytes: int = 1 << 20) -> Slots:
+    """What an engine holds."""
+    return Slots(concurrent, reserved, kv_tokens, 16, queued_bytes)
+
+
+def admission(gate: Gate) -> Admission:
+    """The gate's own admission."""
+    assert isinstance(gate.coordinator, Coordinator)
+    assert gate.coordinator.admission is not None
+    return gate.coordinator.admission
+
+
 def make_gate(
     app: Any,
     *,
     phase: Phase = Phase.READY,
     concurrent: int = 4,
-    queued: int = 4,
+    max_wait_s: float = 60.0,
     keys: KeyRing | None = None,
     deadline_s: float = 30.0,
     body_bytes: int = 4096,
@@ -240,8 +254,10 @@ def make_gate(
     version = {"borg_serve": "test", "identity": {"tokens": IDENTITY_TOKENS}}
     readiness = Readiness()
     quota = Quota() if keys is not None else None
-    gate = Gate(limits, Bounds(), version, readiness, lambda text: text, keys, quota)
+    coordinator = Coordinator(max_wait_s, quota)
+    gate = Gate(limits, Bounds(), version, readiness, lambda text: text, coordinator, keys)
     if phase != Phase.STARTING:
-        gate.open(app, Admission(concurrent, queued, 1 << 20))
+        coordinator.admission = Admission(seats(concurrent), max_wait_s)
+        gate.open(app)
     readiness.set(phase, "" if phase == Phase.READY else "the test says so")
     return gate

@@ -97,12 +97,15 @@ def _ours() -> list[Any]:
     fields = _model("ErrorFields", message=str, type=str, param=str | None, code=str | None)
     error = _model("MessagesErrorFields", type=str, message=str)
     identity = _model("Identity", sha256=str, tokens=int)
+    counts = ("requests", "aborted", "refused", "prompt_tokens", "identity_tokens", "cached_tokens", "output_tokens")
+    used: Any = _model("UsageRow", **dict.fromkeys(counts, int), engine_s=float)
     checkpoint = _model("Checkpoint", root=(str | None, None), revision=(str | None, None))
     return [
         _model("Error", error=fields),
         _model("MessagesError", type=Literal["error"], error=error, request_id=str),
         _model("ResponseInputTokens", object=Literal["response.input_tokens"], input_tokens=int),
         _model("MessageTokens", input_tokens=int),
+        _model("Usage", object=Literal["list"], key=str | None, since=str, data=list[used]),
         _model("Health", status=Literal["alive"]),
         _model("Ready", status=str, reason=(str, "")),
         _model(

@@ -190,8 +190,9 @@ class MessagesAnswer(TranslatedAnswer):
 
     def started(self) -> None:
         if not self.usage:  # a stream of chat tells it at its end only
-            details = {"cached_tokens": self.progress.cached_tokens}
-            self.usage = {"prompt_tokens": self.progress.prompt_tokens, "prompt_tokens_details": details}
+            progress = self.progress.now()
+            details = {"cached_tokens": progress.cached_tokens}
+            self.usage = {"prompt_tokens": progress.prompt_tokens, "prompt_tokens_details": details}
         self.emit("message_start", message={**self.whole(), "content": [], "stop_reason": None, "stop_sequence": None})
 
     def opened(self, call: Json) -> None:

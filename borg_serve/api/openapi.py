@@ -43,12 +43,22 @@ ERRORS = {
     408: "The body, or the reading of the answer, was too slow.",
     413: "The body is too large.",
     415: "The body must be application/json.",
-    429: "The key is over its rate or its number of requests at once. `Retry-After` says when to come back.",
+    429: "The key is over its rate, its number of requests at once or its budget. `Retry-After` says for how long.",
     500: "The server failed.",
     503: "The server is busy, not ready, or stopping. `Retry-After` says when to come back.",
     504: "The request's time ran out.",
 }
 GETS = (401, 404, 405, 429, 500, 503)
+USED = (400, *GETS)
+DATE = {"type": "string", "format": "date"}
+PERIOD = [
+    {"name": name, "in": "query", "description": what, "schema": schema}
+    for name, what, schema in (
+        ("since", "A day in UTC, or an hour such as 2026-11-01T13; by default the first of this month.", DATE),
+        ("until", "The day or the hour after the last.", DATE),
+        ("by", "What each row adds up.", {"enum": ["day", "hour", "month"]}),
+    )
+]
 
 
 def openapi(bounds: Bounds | None = None) -> dict[str, Any]:
@@ -88,6 +98,7 @@ def openapi(bounds: Bounds | None = None) -> dict[str, Any]:
             "/v1/messages/count_tokens": _count("countTokens", "MessagesRequest", "MessageTokens", "MessagesError"),
             "/v1/models": _get("listModels", "The model that is served.", _ref("ModelList")),
             "/v1/models/{id}": {"parameters": [name], **_get("getModel", "One model.", _ref("Model"))},
+            "/v1/usage": {"parameters": PERIOD, **_get("usage", "What the key has used.", _ref("Usage"), errors=USED)},
             "/health": _get("health", "The process is alive.", _ref("Health"), errors=(405, 500), open_to_all=True),
             "/ready": ready,
             "/metrics": _get("metrics", "Prometheus metrics.", {"type": "string"}, "text/plain"),

@@ -50,7 +50,7 @@ class Answer:
     PING: bytes = b""
     """The event that says nothing, in protocols that have one."""
     progress = Progress()
-    """How far the engine is, where `PING` is known: the gate sets it."""
+    """How far the engine is: the gate sets it."""
     ignored: tuple[str, ...] = ()
     """Fields of the request that were dropped, as `messages.annotations`: at most 16 names, each fit for a header."""
 

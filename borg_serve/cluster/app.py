@@ -30,6 +30,8 @@ DEFAULT_SEQS = 256
 """`max_num_seqs` of vLLM's server where a profile does not set it."""
 NO_ACCESS_LOG = {"enable_access_log": False}
 """Serve's logging options: the gate writes a line for every request already."""
+MOST_REQUESTS = 10_000
+"""Serve's own bound of a replica's requests. The gate refuses with 503 and Retry-After long before it is reached."""
 HEALTH_PERIOD_S = 2.0
 """How often Serve asks a replica for its health. A replica whose engine is lost ends by itself long before."""
 ROUTING_STATS_PERIOD_S = 0.5
@@ -86,17 +88,15 @@ def application(config: Config) -> dict[str, Any]:
 
 
 def deployment(config: Config) -> dict[str, Any]:
-    """Serve's options for the replicas of a profile. Every bound comes from what one engine's KV cache holds."""
-    cluster, slots = config.cluster, _slots(config)
-    # The gate refuses with 503 and Retry-After long before Serve's own bound is reached.
-    bound = 2 * (slots.concurrent + slots.queued) + 16
+    """Serve's options for the replicas of a profile."""
+    cluster = config.cluster
     router = {
         "request_router_class": "borg_serve.cluster.router:ConversationRouter",
         "request_routing_stats_period_s": ROUTING_STATS_PERIOD_S,
     }
     chosen: dict[str, Any] = {
-        "max_ongoing_requests": bound,
-        "max_queued_requests": bound,
+        "max_ongoing_requests": MOST_REQUESTS,
+        "max_queued_requests": MOST_REQUESTS,
         "health_check_period_s": HEALTH_PERIOD_S,
         "health_check_timeout_s": 10,
         "graceful_shutdown_timeout_s": config.server.drain_s + 10,
@@ -112,7 +112,7 @@ def deployment(config: Config) -> dict[str, Any]:
         "initial_replicas": cluster.replicas,
         "max_replicas": cluster.max_replicas,
         # A replica takes a minute to start, so the next one starts before this one is full.
-        "target_ongoing_requests": max(1, round(0.7 * slots.concurrent)),
+        "target_ongoing_requests": max(1, round(0.7 * _at_once(config))),
         "upscale_delay_s": 10,
         # Longer than a start: Serve ends starting replicas first, so a short dip in the load would undo the start.
         "downscale_delay_s": 300,
@@ -120,15 +120,9 @@ def deployment(config: Config) -> dict[str, Any]:
     return {**chosen, "autoscaling_config": scaling}
 
 
-def _slots(config: Config) -> memory.Slots:
-    """Slots of one replica: from the memory plan if the checkpoint is on this machine, else from `max_num_seqs`."""
-    plan = report.effective(config)["memory"]
-    seqs = int(config.engine.get("max_num_seqs", DEFAULT_SEQS))
-    return memory.slots(
-        config.limits,
-        kv_tokens=plan["kv_tokens"] if plan else seqs * memory.OWN_TOKENS,
-        block_tokens=plan["block_tokens"] if plan else 1,
-        prefix_tokens=plan["identity_tokens"] if plan else 0,
-        max_num_seqs=seqs,
-        processes=1,
-    )
+def _at_once(config: Config) -> int:
+    """Requests that one replica likely holds: by the memory plan if the checkpoint is here, else by `max_num_seqs`."""
+    if config.limits.concurrent != "auto":
+        return config.limits.concurrent
+    seqs, plan = int(config.engine.get("max_num_seqs", DEFAULT_SEQS)), report.effective(config)["memory"]
+    return max(1, min(seqs, (plan["kv_tokens"] - plan["identity_tokens"]) // memory.OWN_TOKENS) if plan else seqs)

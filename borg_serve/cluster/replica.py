@@ -6,6 +6,7 @@ It knows Ray Serve LLM, and vLLM through it. How a request is handled is the sin
 import asyncio
 import os
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from ipaddress import ip_address
 from typing import Any, cast
 
@@ -16,9 +17,8 @@ from borg_serve.engine.client import client_class, prepare_cpu, step_logger
 from borg_serve.engine.environment import device, prepare_environment
 from borg_serve.engine.prepare import Preparation, prepare
 from borg_serve.errors import CheckpointError, ConfigError, Problem
-from borg_serve.gate.admission import Admission
 from borg_serve.gate.app import Gate, with_cors
-from borg_serve.gate.quota import Quota
+from borg_serve.gate.coordinator import Coordinator
 from borg_serve.gate.readiness import Phase, Readiness
 from borg_serve.gate.request import App
 from borg_serve.serving import lifecycle, processes, single
@@ -119,11 +119,12 @@ class BorgServer(LLMServer):
     """The deployment's class. Serve makes one in each replica's process."""
 
     _engine: BorgEngine | None = None
-    _admission: Admission | None = None
+    _coordinator: Coordinator | None = None
     _tasks: "Sequence[asyncio.Task[None]]" = ()
 
     async def __init__(self, llm_config: LLMConfig, config: Config, identity_sha256: str) -> None:  # type: ignore[misc]
         """Start the engine. Serve awaits this, and reports what it raises as the reason for not starting."""
+        self._accounts = AsyncExitStack()
         lifecycle.log_to_stderr()
         _check_open(config)
         prepared = await asyncio.to_thread(prepare, config)
@@ -154,13 +155,15 @@ class BorgServer(LLMServer):
         prepared, started = self._prepared, cast(Any, self._engine)
         client = started.client
         readiness = Readiness()
-        url, replica = prepared.config.cluster.quota_url, str(serve.get_replica_context().replica_id.unique_id)
-        gate = lifecycle.make_gate(prepared, readiness, Quota(url) if url else None, replica=replica)
+        replica = str(serve.get_replica_context().replica_id.unique_id)
+        self._coordinator = lifecycle.make_coordinator(prepared.config, prepared.config.cluster.quota_url)
+        spool = await self._accounts.enter_async_context(lifecycle.accounts(prepared.config, self._coordinator))
+        gate = lifecycle.make_gate(prepared, readiness, self._coordinator, spool, replica)
         await lifecycle.make_ready(prepared, client)
         app = await started.build_asgi_app()
         single.set_default_max_tokens(prepared.config.limits, app)
-        self._admission = lifecycle.make_admission(prepared, client)
-        gate.open(app, self._admission, client.model_config.max_model_len)
+        await self._coordinator.open(lifecycle.slots(prepared, client))
+        gate.open(app, client.model_config.max_model_len)
         self._shared.step()
         readiness.set(Phase.READY)
         self._tasks = [asyncio.create_task(self._watch(gate, client)), asyncio.create_task(ray_metrics.run(replica))]
@@ -176,12 +179,14 @@ class BorgServer(LLMServer):
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What the router decides by: requests here, slots for them, and how many requests have come so far."""
-        if (slots := self._admission) is None:
+        if self._coordinator is None or (admission := self._coordinator.admission) is None:
             return {}
-        load, arrived = slots.running + slots.waiting, slots.begun + slots.waiting
-        return {"load": load, "slots": slots.concurrent, "arrived": arrived}
+        load, arrived = admission.running + admission.waiting, admission.begun + admission.waiting
+        # Where the KV cache is full there is no slot, whatever the number of sequences.
+        return {"load": load, "slots": load if admission.full else admission.slots.concurrent, "arrived": arrived}
 
     async def __del__(self) -> None:
+        await self._accounts.aclose()
         for task in self._tasks:
             task.cancel()
         if self._engine is not None and self._engine.client is not None:

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, NoReturn
 
 from borg_serve.config import Config
-from borg_serve.engine import attention_choice
+from borg_serve.engine import attention_choice, memory
 from borg_serve.engine.environment import Device, device, vllm_version
 from borg_serve.engine.grammar import BACKEND
 from borg_serve.errors import ConfigError, EngineError, Problem
@@ -89,6 +89,8 @@ def build(config: Config, model: str, chat_template: str, prefix_tokens: int | N
     engine = dict(config.engine)
     if prefix_tokens is not None:
         engine |= attention_choice.arguments(config, attention(config, prefix_tokens), prefix_tokens)
+    if config.server.keys is not None and (seqs := engine.get("max_num_seqs")):
+        engine["max_num_seqs"] = int(seqs) + memory.reserve(int(seqs))  # for keys that have less than their share
     if engine.get("block_size", "auto") == "auto":
         engine["block_size"] = SMALLEST_BLOCK[device()]
     if device() == "cpu" and int(engine.get("pipeline_parallel_size") or 1) == 1:

@@ -7,8 +7,7 @@ says.
 import math
 import os
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
@@ -190,25 +189,28 @@ def client_class(prefix: TokenPrefix) -> "type[AsyncLLM]":
         async def _add_request(self, request: "EngineCoreRequest", *args: Any) -> None:
             guard.check(request)  # before vLLM registers the request: a refusal leaves nothing behind
             await super()._add_request(request, *args)
-
-        def generate(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-            outputs = super().generate(prompt, *args, **kwargs)
-            if (progress := CURRENT.get()) is None:
-                return outputs
-            block = self.vllm_config.cache_config.block_size
-            progress.prompt_tokens = len(prompt["prompt_token_ids"])
-            progress.cached_tokens = len(prefix.token_ids) // block * block
-            return _told(outputs, progress)
+            if (progress := CURRENT.get()) is not None:
+                block = self.vllm_config.cache_config.block_size
+                progress.prompt_tokens = len(request.prompt_token_ids or ())
+                progress.cached_tokens = len(prefix.token_ids) // block * block
+                progress.look = _look(progress.look, self.output_processor.request_states.get(request.request_id))
 
     return IdentityClient
 
 
-async def _told(outputs: AsyncGenerator["RequestOutput", None], progress: Progress) -> AsyncIterator["RequestOutput"]:
-    """Pass outputs on; the first of them tells how much of the prompt was cached."""
-    async with aclosing(outputs):
-        async for output in outputs:
-            progress.cached_tokens = output.num_cached_tokens or 0
-            yield output
+def _look(others: Callable[[Progress], None], state: Any) -> Callable[[Progress], None]:
+    """Read one more sequence's progress from what vLLM keeps of it, which counts on when its client has left."""
+
+    def look(progress: Progress) -> None:
+        progress.output_tokens = 0
+        others(progress)
+        if state is None or state.stats is None or state.is_prefilling:
+            return
+        progress.output_tokens += state.stats.num_generation_tokens
+        progress.cached_tokens = state.num_cached_tokens
+        progress.first_token_at = state.stats.first_token_ts
+
+    return look
 
 
 def configure(args: Namespace, count: int, index: int) -> "VllmConfig":

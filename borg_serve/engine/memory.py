@@ -3,7 +3,6 @@
 Arithmetic over token counts and bytes. Knows nothing of vLLM's objects or of requests.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +18,12 @@ __all__ = [
     "element_bytes",
     "kv_bytes_a_token",
     "plan",
+    "reserve",
     "slots",
 ]
 
-SLACK = 1.5
-"""How much more than its share of the slots each of several API processes gets. The kernel spreads connections
-unevenly, and without slack some users were refused while slots were free; the excess waits in the engine's queue."""
-
 OWN_TOKENS = 2048
-"""Tokens beyond the identity that a request is expected to hold in the KV cache: a few turns of chat. Longer requests
-are safe: when the cache is full, vLLM preempts and recomputes, which costs time."""
+"""Tokens beyond the identity that a request holds in the KV cache, for plans: a few turns of chat."""
 
 GIB = 1 << 30
 OVERHEAD_BYTES = 4 * GIB
@@ -39,31 +34,35 @@ CPU_OVERHEAD_BYTES = GIB
 
 @dataclass(frozen=True)
 class Slots:
-    """How many requests, and bytes of client text, one API process admits."""
+    """What an engine holds at once, for all API processes in front of it."""
 
     concurrent: int
-    queued: int
+    """Sequences."""
+    reserved: int
+    """Sequences beyond these, kept for keys that have less than their share."""
+    kv_tokens: int
+    """Tokens of the KV cache behind the identity."""
+    block_tokens: int
     queued_bytes: int
+    """Client text that may wait."""
+
+
+def reserve(max_num_seqs: int) -> int:
+    """How many sequences an engine with API keys runs beyond `max_num_seqs`."""
+    return max(1, max_num_seqs // 16)
 
 
 def slots(
-    limits: Limits, *, kv_tokens: int, block_tokens: int, prefix_tokens: int, max_num_seqs: int, processes: int
+    limits: Limits, *, kv_tokens: int, block_tokens: int, prefix_tokens: int, max_num_seqs: int, reserved: int = 0
 ) -> Slots:
-    """Divide what the KV cache and the scheduler hold among the API processes.
-
-    The queue holds an eighth of what runs: a client that would wait longer does better to try another server.
-    """
+    """What the KV cache and the scheduler hold. `reserved`: sequences that the engine runs beyond `max_num_seqs`."""
     own_tokens = max(0, kv_tokens - prefix_tokens // block_tokens * block_tokens)
-    fits = max(1, min(max_num_seqs, own_tokens // OWN_TOKENS))
-    concurrent = fits if limits.concurrent == "auto" else limits.concurrent
-    queued = max(1, concurrent // 8) if limits.queued == "auto" else limits.queued
+    concurrent = max_num_seqs if limits.concurrent == "auto" else limits.concurrent
+    if reserved:
+        reserved = min(reserve(concurrent), max(0, max_num_seqs + reserved - concurrent))
     # A byte of text is at most one token, so this many bytes always fit in the cache.
     queued_bytes = max(own_tokens, limits.body_bytes) if limits.queued_bytes == "auto" else limits.queued_bytes
-    return Slots(_share(concurrent, processes), _share(queued, processes), _share(queued_bytes, processes))
-
-
-def _share(total: int, processes: int) -> int:
-    return math.ceil(total * (SLACK if processes > 1 else 1) / processes)
+    return Slots(concurrent, reserved, own_tokens, block_tokens, queued_bytes)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
@@ -54,6 +54,12 @@ class Response:
         self.outcome = "ok"
         """How the request ended: `ok`, `gone` or an error's reason."""
         self.usage: Mapping[str, Any] = {}
+        """vLLM's, once the answer is whole."""
+        self.progress = Progress()
+        self.first_event_at = 0.0
+        """Monotonic time of a stream's first event."""
+        self.succeeding: Callable[[], None] = lambda: None
+        """Called before the client gets what tells it that the answer is whole."""
         self.key_name: str | None = None
         """Whose key the request was made with."""
         self._request = request
@@ -71,6 +77,10 @@ class Response:
             self._own_headers.append((b"x-borg-ignored", ",".join(answer.ignored).encode()))
         for name in answer.ignored:
             metrics.IGNORED.labels(counted(name)).inc()
+
+    def headers(self, headers: Mapping[str, str]) -> None:
+        """Send these with whatever is answered."""
+        self._own_headers += [(name.encode(), value.encode()) for name, value in headers.items()]
 
     async def document(self, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> None:
         """Send one JSON document."""
@@ -150,17 +160,21 @@ class Response:
                 streaming = kind.startswith(b"text/event-stream")
             elif not streaming:
                 parts.append(message.get("body", b""))
-            elif (
-                (passed := grammar.feed(message.get("body", b"")))
-                and (event := answer.feed(passed))
-                and not answer.gathers
-            ):
-                await self._event(event, stall_s)
+            elif passed := grammar.feed(message.get("body", b"")):
+                if grammar.done:
+                    self._succeed(grammar.usage)
+                if (event := answer.feed(passed)) and not answer.gathers:
+                    await self._event(event, stall_s)
 
         scope = self._scope_for_vllm("POST", chat.PATH, len(raw))
         pings = body.get("stream") and answer.PING and not answer.gathers
-        async with self._awake(body["model"], stall_s) if pings else nullcontext():
-            await app(scope, self._request.receive_for_vllm(raw), send)
+        answer.progress = self.progress
+        token = CURRENT.set(self.progress)
+        try:
+            async with self._awake(body["model"], stall_s) if pings else nullcontext():
+                await app(scope, self._request.receive_for_vllm(raw), send)
+        finally:
+            CURRENT.reset(token)
         self._request.raise_if_aborted()
         if streaming:
             await self._end_stream(grammar, answer)
@@ -170,14 +184,10 @@ class Response:
     @asynccontextmanager
     async def _awake(self, model: str, stall_s: float) -> AsyncIterator[None]:
         """While the block runs, begin the stream if its first token is late, and ping when nothing else is said."""
-        answer = self._answer
-        answer.progress = Progress()
-        token = CURRENT.set(answer.progress)
         pinging = asyncio.create_task(self._ping(model, stall_s))
         try:
             yield
         finally:
-            CURRENT.reset(token)
             pinging.cancel()
             await asyncio.gather(pinging, return_exceptions=True)
 
@@ -192,7 +202,6 @@ class Response:
 
     async def _end_stream(self, grammar: Grammar, answer: Answer) -> None:
         grammar.close()
-        self.usage = grammar.usage or {}
         if grammar.error is not None:
             raise self._upstream_error(500, grammar.error)
         if answer.gathers:
@@ -203,8 +212,13 @@ class Response:
     async def _held(self, status: int, raw: bytes, answer: Answer) -> None:
         if status != 200:
             raise self._upstream_error(status, raw.decode(errors="replace"))
-        self.usage = json.loads(raw).get("usage") or {}
-        await self._whole(200, answer.document(raw))
+        document = answer.document(raw)
+        self._succeed(json.loads(raw).get("usage"))
+        await self._whole(200, document)
+
+    def _succeed(self, usage: Mapping[str, Any] | None) -> None:
+        self.usage = usage or {}
+        self.succeeding()
 
     def _scope_for_vllm(self, method: str, path: str, length: int) -> Scope:
         # Nothing of the client's own: there are headers that choose ranks, priorities and sessions.
@@ -243,6 +257,7 @@ class Response:
                 # Only now: until the first event an error still gets a status of its own.
                 headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
                 await self._start(200, headers)
+                self.first_event_at = time.monotonic()
             stalled = asyncio.get_running_loop().call_later(stall_s, self._abort_stalled)
             try:
                 await self._send_body(event, more=True)

@@ -4,12 +4,13 @@ The same class serves one machine and every replica of a cluster. The street of 
 
  1. gate.http           read the head, bounded in size and time
  2. gate.app            check the route, its method, and the headers that decide
- 3. gate.keys           find the key's owner; refuse without reading the body if the server is not ready or is full
- 4. gate.quota          count the request against the key's limits
+ 3. gate.keys           find the key's owner
+ 4. gate.quota          count the request against the key's limits; refuse it before its body is read if the key is over
+                        them, or would wait for too long
  5. gate.request        read the body, bounded in size and time; then abort at the deadline, or if the client leaves
  6. api                 parse chat, responses or messages into one chat request, with control tokens neutralised;
                         gate.cache_scope salts what follows the identity
- 7. gate.admission      wait for a slot in the engine
+ 7. gate.admission      wait for seats in the engine, in an order that is fair to keys
  8. identity.template   vLLM's chat handler renders our template: the identity first, then the client's conversation
  9. engine.renderer     tokenise what follows the identity
 10. engine.guard        refuse a prompt that does not begin with the identity's tokens
@@ -22,8 +23,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -37,15 +37,20 @@ from borg_serve.api.openapi import openapi
 from borg_serve.api.protocol import Bounds
 from borg_serve.config import Limits
 from borg_serve.gate import tracing
-from borg_serve.gate.admission import Admission, Busy
+from borg_serve.gate.account import NO_KEY, Account
+from borg_serve.gate.admission import Busy, Demand, Grant
 from borg_serve.gate.answer import Response, failure
 from borg_serve.gate.cache_scope import CacheScope, cache_salt, heeded
+from borg_serve.gate.coordinator import Coordinator
 from borg_serve.gate.keys import Key, KeyRing
 from borg_serve.gate.models import model, models
-from borg_serve.gate.quota import Quota
 from borg_serve.gate.readiness import Phase, Readiness
+from borg_serve.gate.remote import RemoteCoordinator
 from borg_serve.gate.request import AGAIN, App, ClientGone, Receive, Request, Scope, Send
-from borg_serve.gate.routes import COUNTS, MODEL, OPEN, PROTOCOLS, QUIET, check_head, check_json, protocol, route
+from borg_serve.gate.routes import COUNTS, MODEL, OPEN, PROTOCOLS, QUIET, USAGE, check_head, check_json, protocol, route
+from borg_serve.gate.telemetry import Spent
+from borg_serve.gate.usage import asked
+from borg_serve.usage.spool import Spool
 
 __all__ = ["Gate", "with_cors"]
 
@@ -54,7 +59,10 @@ access = logging.getLogger("borg_serve.access")
 
 COUNTING = 8
 """Requests whose tokens are counted at once. They need no slot in the engine, but hold the tokenizer's one thread."""
-EXPOSED = ("request-id", "retry-after", "x-borg-ignored", "x-request-id", "x-should-retry")
+EXPOSED = (
+    *("request-id", "retry-after", "x-borg-ignored", "x-request-id", "x-should-retry"),
+    *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
+)
 """Headers of an answer that a page may read."""
 DYING_S = 1.0
 """How long after a failure the watchdog may take to say that it was the engine's death."""
@@ -71,14 +79,15 @@ class Gate:
     """The answer of `/version`."""
     readiness: Readiness
     neutralise: Callable[[str], str]
+    coordinator: Coordinator | RemoteCoordinator
     keys: KeyRing | None = None
-    quota: Quota | None = None
+    spool: Spool | None = None
+    """Where the usage of each request is kept for the ledger."""
     echo_request_id: bool = True
     """Whether answers carry `x-request-id`; False where something before the gate adds it."""
     live: set[Request] = field(default_factory=set, init=False)
     """Requests being answered."""
     _app: App | None = field(default=None, init=False)
-    _admission: Admission | None = field(default=None, init=False)
     _context: int | None = field(default=None, init=False)
     _counting: int = field(default=0, init=False)
 
@@ -90,10 +99,9 @@ class Gate:
     def _openapi(self) -> Mapping[str, Any]:
         return openapi(self.bounds)
 
-    def open(self, app: App, admission: Admission, context: int | None = None) -> None:
+    def open(self, app: App, context: int | None = None) -> None:
         """Forward admitted requests to this application. `context`: the most tokens of a prompt and its answer."""
         self._app = app
-        self._admission = admission
         self._context = context
 
     async def drained(self, limit_s: float) -> int:
@@ -120,21 +128,23 @@ class Gate:
             return
         request = Request(scope, receive)
         response = Response(request, send, protocol(request), self.echo_request_id)
-        traced = request.path in PROTOCOLS
         self.live.add(request)
         try:
-            with tracing.request(request.path, request.id, request.headers) if traced else nullcontext() as span:
+            if request.path in PROTOCOLS:
+                account = Account(request, response, self.version["identity"]["tokens"])
+                with tracing.request(request.path, request.id, request.headers, self.bounds.model) as span:
+                    await self._respond(request, response, account)
+                    account.close(span, self.bounds.model)
+            else:
                 await self._respond(request, response)
-                if span is not None:
-                    span.set_attributes(_attributes(response))
         finally:
             self.live.discard(request)
             self._log(request, response)
 
-    async def _respond(self, request: Request, response: Response) -> None:
+    async def _respond(self, request: Request, response: Response, account: Account | None = None) -> None:
         """Answer a request, whatever happens."""
         try:
-            await self._route(request, response)
+            await self._route(request, response, account)
         except ApiError as error:
             metrics.REFUSALS.labels(error.reason).inc()
             await response.error(error)
@@ -146,7 +156,7 @@ class Gate:
 
     # ------------------------------------------------------------------------------------------ routes
 
-    async def _route(self, request: Request, response: Response) -> None:
+    async def _route(self, request: Request, response: Response, account: Account | None) -> None:
         path = request.path
         check_head(request)
         key = None if path in OPEN else self._key(request, response)
@@ -158,8 +168,12 @@ class Gate:
             await response.document(200, self.version)
         elif path == "/openapi.json":
             await response.document(200, await asyncio.to_thread(lambda: self._openapi))  # the first takes a second
-        elif path in PROTOCOLS or path in COUNTS:
-            await self._generate(request, response, key)
+        elif account is not None:
+            await self._generate(request, response, key, account)
+        elif path in COUNTS:
+            await self._count(request, response, key)
+        elif path == USAGE:
+            await self._usage(request, response, key)
         elif self._app is None:
             raise self._not_ready()
         elif path == "/v1/models":
@@ -200,54 +214,75 @@ class Gate:
 
     # -------------------------------------------------------------------------------------- generation
 
-    async def _generate(self, request: Request, response: Response, key: Key | None) -> None:
-        app, admission, counts = self._app, self._admission, COUNTS.get(request.path)
-        check_json(request)
-        if self.readiness.phase != Phase.READY or app is None or admission is None:
-            raise self._not_ready()
-        if counts is None:
-            admission.refuse_if_full()
-        async with self._counted(key, response):
-            raw = await request.body(self.limits.body_bytes, self.limits.body_s)
-            body, answer = response.protocol.parse(raw, self.bounds, self.neutralise)
-            if counts is None and (salt := cache_salt(self._cache_scope, key, raw)):
-                body["cache_salt"] = salt
-                answer.ignored = heeded(answer.ignored, self._cache_scope)
-            response.answers(answer)
-            choices = body.get("n") or 1
-            slots = self._one_count() if counts is not None else _admitted(request, admission, choices, len(raw))
-            async with request.alive(self.limits.deadline_s), slots:
-                if counts is not None:
-                    await response.count(app, body, counts)
-                else:
+    async def _generate(self, request: Request, response: Response, key: Key | None, account: Account) -> None:
+        account.open(self.spool)
+        app = await self._begin(request, response, key)
+        try:
+            body, size_bytes = await self._parse(request, response, key)
+            demand = Demand(body.get("n") or 1, size_bytes, body.get("max_tokens") or self.limits.default_max_tokens)
+            async with request.alive(self.limits.deadline_s):
+                account.granted(await self._seats(request, key, demand))
+                try:
                     await response.forward(app, body, self.limits.stall_s)
-
-    @asynccontextmanager
-    async def _one_count(self) -> AsyncIterator[None]:
-        """Count one prompt's tokens while the block runs. Raises Busy if many are being counted."""
-        if self._counting >= COUNTING:
-            raise Busy(1)
-        self._counting += 1
-        try:
-            yield
+                except ClientGone:
+                    raise
+                except Exception as error:
+                    if not isinstance(error, ApiError) or error.reason == "error":
+                        # If the engine has died, all requests in flight are aborted in a moment, with 503 instead.
+                        await request.unless_aborted(asyncio.sleep(DYING_S))
+                    raise
         finally:
-            self._counting -= 1
+            if account.grant is not None:
+                metrics.INFLIGHT.dec(account.grant.sequences)
+            await self.coordinator.end(key, account.grant, account.leave())
 
-    @asynccontextmanager
-    async def _counted(self, key: Key | None, response: Response) -> AsyncIterator[None]:
-        """Count a request against its key's limits: one slot while it runs, its tokens when they are known."""
-        if key is None or self.quota is None:
-            yield
-            return
-        self.quota.acquire(key)
+    async def _seats(self, request: Request, key: Key | None, demand: Demand) -> Grant:
+        """Wait for seats in the engine. Raises Busy, or what the request was aborted with."""
+        with tracing.queue(), metrics.QUEUED.track_inprogress():
+            grant = await request.unless_aborted(self.coordinator.acquire(key, demand))
+        metrics.QUEUE_SECONDS.observe(time.monotonic() - request.arrived)
+        metrics.INFLIGHT.inc(grant.sequences)
+        return grant
+
+    async def _count(self, request: Request, response: Response, key: Key | None) -> None:
+        """Answer with how many tokens a prompt has. Raises Busy if many are being counted."""
+        app = await self._begin(request, response, key)
         try:
-            await self.quota.admit(key)
-            yield
+            body, _ = await self._parse(request, response, key)
+            if self._counting >= COUNTING:
+                raise Busy(1)
+            self._counting += 1
+            try:
+                async with request.alive(self.limits.deadline_s):
+                    await response.count(app, body, COUNTS[request.path])
+            finally:
+                self._counting -= 1
         finally:
-            self.quota.release(key)
-            # The identity costs nothing: it is the server's own text, and cached.
-            own = response.usage.get("total_tokens", 0) - self.version["identity"]["tokens"]
-            await self.quota.charge_tokens(key, own)
+            await self.coordinator.end(key, None, Spent())
+
+    async def _begin(self, request: Request, response: Response, key: Key | None) -> App:
+        """Count the request against its key's limits, until the coordinator's `end`; return what answers it."""
+        check_json(request)
+        if self.readiness.phase != Phase.READY or self._app is None:
+            raise self._not_ready()
+        response.headers(await self.coordinator.begin(key, request.path in PROTOCOLS))
+        return self._app
+
+    async def _parse(self, request: Request, response: Response, key: Key | None) -> tuple[dict[str, Any], int]:
+        """(the chat request that a body asks for, the body's size in bytes)."""
+        raw = await request.body(self.limits.body_bytes, self.limits.body_s)
+        body, answer = response.protocol.parse(raw, self.bounds, self.neutralise)
+        if request.path in PROTOCOLS and (salt := cache_salt(self._cache_scope, key, raw)):
+            body["cache_salt"] = salt
+            answer.ignored = heeded(answer.ignored, self._cache_scope)
+        response.answers(answer)
+        return body, len(raw)
+
+    async def _usage(self, request: Request, response: Response, key: Key | None) -> None:
+        """Answer with what the key has used, by the ledger."""
+        since, until, by = asked(request.scope.get("query_string", b""))
+        rows = await self.coordinator.usage(key.name if key is not None else NO_KEY, since, until, by)
+        await response.document(200, {"object": "list", "key": key and key.name, "since": since, "data": rows})
 
     # --------------------------------------------------------------------------------------------- log
 
@@ -276,32 +311,3 @@ def with_cors(gate: Gate, origins: Sequence[str]) -> App:
     return CORSMiddleware(
         gate, allow_origins=origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=EXPOSED
     )
-
-
-@asynccontextmanager
-async def _admitted(request: Request, admission: Admission, choices: int, size_bytes: int) -> AsyncIterator[None]:
-    """Wait for slots in the engine, one for each choice, and hold them while the block runs."""
-    with tracing.queue():
-        await request.unless_aborted(admission.acquire(choices, size_bytes))
-    admitted = time.monotonic()
-    try:
-        yield
-    except ClientGone:
-        raise
-    except Exception as error:
-        if not isinstance(error, ApiError) or error.reason == "error":
-            # If the engine has died, every request in flight is aborted in a moment, with 503 instead.
-            await request.unless_aborted(asyncio.sleep(DYING_S))
-        raise
-    finally:
-        admission.release(choices, time.monotonic() - admitted)
-
-
-def _attributes(response: Response) -> dict[str, str | int]:
-    """How a request ended, by the names of OpenTelemetry's conventions where they have one."""
-    counts = {
-        "gen_ai.usage.input_tokens": response.usage.get("prompt_tokens"),
-        "gen_ai.usage.output_tokens": response.usage.get("completion_tokens"),
-        "http.response.status_code": response.status,
-    }
-    return {"borg.outcome": response.outcome} | {name: count for name, count in counts.items() if count}

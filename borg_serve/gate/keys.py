@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -31,16 +31,34 @@ CHECK_S = 1.0
 """How often the key file is looked at."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Limit = Annotated[int, Field(ge=1, le=10**12)]
+Priority = Literal["interactive", "batch"]
+BATCH = 16
+"""How much less a key of priority `batch` gets than an interactive one: little, but never nothing."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One caller and its limits; None is no limit."""
+    """One caller, its share of the engine and its limits; None is no limit. Tokens are those behind the identity."""
 
     name: str
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+    """Of the calendar, in UTC."""
+    tokens_per_month: int | None = None
     concurrent: int | None = None
+    weight: float = 1.0
+    priority: Priority = "interactive"
+
+    @property
+    def background(self) -> bool:
+        """Whether nobody waits for its answers."""
+        return self.priority == "batch"
+
+    @property
+    def share(self) -> float:
+        """Its weight against other keys that want the engine at the same time."""
+        return self.weight / BATCH if self.background else self.weight
 
 
 class LimitsEntry(BaseModel):
@@ -48,6 +66,8 @@ class LimitsEntry(BaseModel):
 
     requests_per_minute: Limit | None = None
     tokens_per_minute: Limit | None = None
+    tokens_per_day: Limit | None = None
+    tokens_per_month: Limit | None = None
     concurrent: Limit | None = None
 
 
@@ -57,13 +77,17 @@ class Entry(BaseModel):
     name: Name
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     limits: LimitsEntry = LimitsEntry()
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    priority: Priority = "interactive"
 
 
 ENTRIES = TypeAdapter(list[Entry])
 CURES = {
     "name": "Use letters, digits, dots, dashes and underscores.",
     "sha256": "Put the 64 lower-case hexadecimal digits there that `borg-serve key new` printed.",
-    "limits": "Use requests_per_minute, tokens_per_minute and concurrent, each a number from 1 on.",
+    "limits": "Use requests_per_minute, tokens_per_minute, tokens_per_day, tokens_per_month and concurrent, from 1 on.",
+    "weight": "Use a number above 0; a key of weight 2 gets twice the share of one without it.",
+    "priority": "Use interactive or batch.",
 }
 
 
@@ -88,15 +112,15 @@ class KeyRing:
         self,
         path: Path,
         clock: Callable[[], float] = time.monotonic,
-        share: int = 1,
+        budgets: bool = True,
     ) -> None:
         """Read the file; later problems with it are logged. Raises ConfigError when it is missing or wrong.
 
-        `share`: how many processes count for themselves; each allows its part of every limit, one at least.
+        `budgets`: whether there is a ledger by which tokens of a day or month can be counted.
         """
         self._path = path
         self._clock = clock
-        self._share = share
+        self._budgets = budgets
         self._checked_at = clock()
         self._seen, self._entries = self._read()
 
@@ -152,11 +176,16 @@ class KeyRing:
             value, count = Counter(getattr(entry, field) for entry in entries).most_common(1)[0] if entries else ("", 0)
             if count > 1:
                 raise self._error(f"must have each {field} once", value, "Remove one of the entries.")
-        return seen, [(bytes.fromhex(entry.sha256), self._key(entry)) for entry in entries]
+        keys = [self._key(number, entry) for number, entry in enumerate(entries, 1)]
+        return seen, [(bytes.fromhex(entry.sha256), key) for entry, key in zip(entries, keys, strict=True)]
 
-    def _key(self, entry: Entry) -> Key:
-        limits = {name: limit and max(1, limit // self._share) for name, limit in entry.limits.model_dump().items()}
-        return Key(entry.name, **limits)
+    def _key(self, number: int, entry: Entry) -> Key:
+        key = Key(entry.name, **entry.limits.model_dump(), weight=entry.weight, priority=entry.priority)
+        if not self._budgets and (key.tokens_per_day or key.tokens_per_month):
+            where = f"{self._path}: entry {number} ({entry.name}).limits"
+            cure = "Set usage.url in the profile: budgets are counted by the ledger."
+            raise ConfigError([Problem(where, "has a budget of a day or month, which needs a ledger", None, cure)])
+        return key
 
     def _problem(self, detail: ErrorDetails, data: list[Any]) -> Problem:
         index, *rest = detail["loc"]
@@ -165,7 +194,11 @@ class KeyRing:
         if isinstance(entry.get("name"), str) and rest:
             where += f" ({entry['name'][:64]})"
         # A key pasted in clear, anywhere, must not end up in a log.
-        got = detail["input"] if rest and rest[0] in ("name", "limits") else _hidden(detail["input"])
+        got = (
+            detail["input"]
+            if rest and rest[0] in ("name", "limits", "weight", "priority")
+            else _hidden(detail["input"])
+        )
         what = "unknown key" if detail["type"] == "extra_forbidden" else validation.sentence(detail)
         cure = CURES.get(str(rest[0]), "Remove it.") if rest else "Append what `borg-serve key new` prints."
         return Problem(where, what, got, cure)

@@ -1,8 +1,10 @@
-"""How much a key may use: requests and tokens a minute, and requests at once.
+"""How much a key may use: requests and tokens a minute, requests at once, and tokens a day and month.
 
 It knows clocks and the `limits` library. It does not know the key file, nor what a request asks for.
 """
 
+import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -17,6 +19,7 @@ from limits.storage import storage_from_string
 
 from borg_serve.api.errors import ApiError
 from borg_serve.errors import ConfigError, Problem
+from borg_serve.gate.budgets import Budgets, duration
 from borg_serve.gate.keys import Key
 
 __all__ = ["Quota"]
@@ -28,7 +31,7 @@ CLOCK_STEP_S = 5.0
 
 
 class Quota:
-    """Requests and tokens a minute and requests at once, by key.
+    """Requests and tokens a minute, requests at once, and budgets of tokens, by key.
 
     Requests are counted in a sliding window: constant memory, no double burst where windows meet, one atomic step in
     Redis. Tokens are known only afterwards and may pass the limit, which only the fixed window records: the library's
@@ -38,7 +41,7 @@ class Quota:
     in this process.
     """
 
-    def __init__(self, storage_uri: str = "async+memory://") -> None:
+    def __init__(self, storage_uri: str = "async+memory://", budgets: Budgets | None = None) -> None:
         uri = storage_uri if storage_uri.startswith("async+") else f"async+{storage_uri}"
         try:
             self._storage: Any = storage_from_string(uri, wrap_exceptions=True, implementation="redispy")
@@ -47,23 +50,64 @@ class Quota:
             raise ConfigError([Problem("quota storage", f"cannot be used: {error}", storage_uri, cure)]) from None
         self._requests = SlidingWindowCounterRateLimiter(self._storage)
         self._tokens = FixedWindowRateLimiter(self._storage)
+        self.budgets = budgets
         self._running: Counter[str] = Counter()
         self._clock_offset = time.time() - time.monotonic()
 
-    def acquire(self, key: Key) -> None:
-        """Take one of the key's slots; give it back with `release`. Raises ApiError 429 if all are taken."""
+    async def begin(self, key: Key) -> dict[str, str]:
+        """Count a request of this key, until `end`; return headers that say what is left.
+
+        Raises ApiError, and counts nothing, if a limit is reached.
+        """
         if key.concurrent is not None and self._running[key.name] >= key.concurrent:
             raise _over(f"The key {key.name} has {key.concurrent} requests running, its limit.", 1)
         self._running[key.name] += 1
+        try:
+            if self.budgets is not None:
+                self.budgets.check(key)
+            await self._admit(key)
+            return await self._left(key)
+        except ApiError as error:
+            self._release(key)
+            if error.status == 429:
+                error.headers = {**await self._left(key), **error.headers}
+            raise
+        except asyncio.CancelledError:
+            self._release(key)
+            raise
 
-    def release(self, key: Key) -> None:
-        """Give a slot back."""
+    async def end(self, key: Key, tokens: int) -> None:
+        """The request is over and has cost so much. Past a limit, the key's next request is refused."""
+        self._release(key)
+        if self.budgets is not None:
+            self.budgets.add(key, tokens)
+        await self._charge(key, tokens)
+
+    def _release(self, key: Key) -> None:
         self._running[key.name] -= 1
         if not self._running[key.name]:
             del self._running[key.name]
 
-    async def admit(self, key: Key) -> None:
-        """Count one request against the key's minute. Raises ApiError, and counts nothing, if a limit is reached."""
+    async def _left(self, key: Key) -> dict[str, str]:
+        """OpenAI's headers of the key's limits: of those in tokens, the one with the least left."""
+        now = time.time()
+        tokens = [] if self.budgets is None else self.budgets.left(key)
+        found: dict[str, str] = {}
+        with contextlib.suppress(StorageError):
+            if (limit := key.requests_per_minute) is not None:
+                item = RateLimitItemPerMinute(limit)
+                reset_at, left = await self._requests.get_window_stats(item, "requests", key.name)
+                found |= _headers("requests", limit, left, reset_at - now)
+            if (limit := key.tokens_per_minute) is not None:
+                item = RateLimitItemPerMinute(limit)
+                reset_at, left = await self._tokens.get_window_stats(item, "tokens", key.name)
+                tokens.append((left, limit, reset_at - now))
+        if tokens:
+            left, limit, reset_s = min(tokens)
+            found |= _headers("tokens", limit, left, reset_s)
+        return found
+
+    async def _admit(self, key: Key) -> None:
         if key.requests_per_minute is None and key.tokens_per_minute is None:
             return
         try:
@@ -75,8 +119,7 @@ class Quota:
             logger.exception("the quota storage failed")
             raise _over("The request limits cannot be checked now.", 5, 503, "server_error") from None
 
-    async def charge_tokens(self, key: Key, tokens: int) -> None:
-        """Count what a request has cost. Past the limit, the key's next request is refused until a new minute."""
+    async def _charge(self, key: Key, tokens: int) -> None:
         if key.tokens_per_minute is None or tokens <= 0:
             return
         try:
@@ -112,6 +155,15 @@ class Quota:
             step_s, self._clock_offset = offset - self._clock_offset, offset
             logger.warning("the clock was set by %.0f s: request and token counts begin anew", step_s)
             await self._storage.reset()
+
+
+def _headers(what: str, limit: int, left: int, reset_s: float) -> dict[str, str]:
+    start = "x-ratelimit"
+    return {
+        f"{start}-limit-{what}": str(limit),
+        f"{start}-remaining-{what}": str(max(0, left)),
+        f"{start}-reset-{what}": duration(max(0.0, reset_s)),
+    }
 
 
 def _used_up(key: Key, limit: str, wait_s: float) -> ApiError:

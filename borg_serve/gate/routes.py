@@ -11,7 +11,19 @@ from borg_serve.api.errors import ApiError
 from borg_serve.api.protocol import ClientProtocol
 from borg_serve.gate.request import Request
 
-__all__ = ["COUNTS", "MODEL", "OPEN", "PROTOCOLS", "QUIET", "ROUTES", "check_head", "check_json", "protocol", "route"]
+__all__ = [
+    "COUNTS",
+    "MODEL",
+    "OPEN",
+    "PROTOCOLS",
+    "QUIET",
+    "ROUTES",
+    "USAGE",
+    "check_head",
+    "check_json",
+    "protocol",
+    "route",
+]
 
 PROTOCOLS: Mapping[str, ClientProtocol] = {chat.PATH: chat, responses.PATH: responses, messages.PATH: messages}
 """Routes that generate."""
@@ -21,6 +33,7 @@ COUNTS: Mapping[str, Mapping[str, str]] = {
 }
 """Routes that count a prompt's tokens -> what their answers hold beside the number."""
 MODEL = "/v1/models/"
+USAGE = "/v1/usage"
 ROUTES: Mapping[str, str] = {
     "/health": "GET",
     "/ready": "GET",
@@ -29,6 +42,7 @@ ROUTES: Mapping[str, str] = {
     "/metrics": "GET",
     "/v1/models": "GET",
     f"{MODEL}{{id}}": "GET",
+    USAGE: "GET",
     **dict.fromkeys((*PROTOCOLS, *COUNTS), "POST"),
 }
 """Route -> the method it takes."""

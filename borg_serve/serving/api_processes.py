@@ -14,16 +14,19 @@ from argparse import Namespace
 from collections.abc import Callable, Coroutine, Sequence
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
+from threading import Thread
 from typing import Any
 
 import psutil
 
+from borg_serve.config import Config
 from borg_serve.engine.client import configure
 from borg_serve.engine.environment import prepare_environment
 from borg_serve.engine.prepare import Preparation
+from borg_serve.gate import remote
 from borg_serve.gate.readiness import Phase
 from borg_serve.serving import processes
-from borg_serve.serving.lifecycle import CLOSING_S, Shared, log_to_stderr
+from borg_serve.serving.lifecycle import CLOSING_S, Shared, accounts, log_to_stderr, make_coordinator
 from borg_serve.upstream import pinned
 from borg_serve.vllm_plugin.lifetime import end_with_parent
 
@@ -35,7 +38,8 @@ def supervise(
 ) -> int:
     """Start the engine and its API processes; return the exit status when all of them have ended.
 
-    An API process runs `serve(prepared, sock, shared, client_config)`; `client_config` is how to reach the engine.
+    An API process runs `serve(prepared, sock, shared, client_config, channel)`: how to reach the engine, and the
+    coordinator, which is here.
     """
     with pinned("serving"):
         from vllm.v1.engine.utils import bind_engine_zmq_listeners, launch_core_engines
@@ -44,8 +48,10 @@ def supervise(
         from vllm.v1.utils import APIServerProcessManager
 
     count = prepared.config.server.processes
+    ends, channels = zip(*(socket.socketpair() for _ in range(count)), strict=True)
     setup_multiprocess_prometheus()  # type: ignore[no-untyped-call]
     stopping = _Stopping()
+    coordinating = Thread(target=lambda: asyncio.run(_coordinate(prepared.config, ends)), name="coordinator")
     config = configure(prepared.args, count, index=-1)
     started: list[psutil.Process] = []
     try:
@@ -55,7 +61,7 @@ def supervise(
             manager = APIServerProcessManager(
                 listen_address="",
                 sock=sock,
-                args=Namespace(**vars(prepared.args), prepared=prepared, shared=shared, serve=serve),
+                args=Namespace(**vars(prepared.args), prepared=prepared, shared=shared, serve=serve, channels=channels),
                 num_servers=count,
                 input_listeners=listeners.inputs,
                 output_listeners=listeners.outputs,
@@ -63,6 +69,9 @@ def supervise(
                 tensor_queue=launch.tensor_queue,
             )
             launch.watched_frontend_processes = manager.processes
+        for channel in channels:
+            channel.close()  # so that the last API process's end is the last one's
+        coordinating.start()
         engines: Any = launch.engine_manager
         started = processes.children()
         status = _wait(prepared, manager.processes, engines.processes, shared, stopping)
@@ -73,7 +82,16 @@ def supervise(
         status = 1  # an API process has said why
     finally:
         processes.kill(started)
+    if coordinating.is_alive():
+        coordinating.join(CLOSING_S)
     return status
+
+
+async def _coordinate(config: Config, ends: Sequence[socket.socket]) -> None:
+    """Decide for the API processes at the other ends, until all of them have ended."""
+    coordinator = make_coordinator(config)
+    async with accounts(config, coordinator):
+        await remote.serve(coordinator, ends)
 
 
 class _Stop(Exception):
@@ -137,4 +155,8 @@ def _run(_: str, sock: socket.socket, args: Namespace, client_config: dict[str, 
     prepare_environment()
     log_to_stderr()
     with contextlib.suppress(asyncio.CancelledError):
-        sys.exit(uvloop.run(args.serve(args.prepared, sock, args.shared, client_config)))
+        for index, channel in enumerate(args.channels):
+            if index != client_config["client_index"]:
+                channel.close()
+        channel = args.channels[client_config["client_index"]]
+        sys.exit(uvloop.run(args.serve(args.prepared, sock, args.shared, client_config, channel)))

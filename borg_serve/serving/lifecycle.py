@@ -8,25 +8,32 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from multiprocessing.sharedctypes import RawArray, RawValue
 from typing import TYPE_CHECKING, Any
 
 from borg_serve import metrics
 from borg_serve.api.errors import ApiError
 from borg_serve.api.protocol import Bounds
+from borg_serve.config import Config
 from borg_serve.engine import memory
 from borg_serve.engine.client import heartbeat, probe, warm
 from borg_serve.engine.prepare import Preparation
-from borg_serve.gate.admission import Admission
 from borg_serve.gate.app import Gate
+from borg_serve.gate.budgets import Budgets
+from borg_serve.gate.coordinator import Coordinator
 from borg_serve.gate.keys import KeyRing
 from borg_serve.gate.quota import Quota
 from borg_serve.gate.readiness import Phase, Readiness
+from borg_serve.gate.remote import RemoteCoordinator
 from borg_serve.gate.request import AGAIN
 from borg_serve.identity.control_tokens import Neutraliser
 from borg_serve.serving import processes
 from borg_serve.serving.watchdog import watch
+from borg_serve.usage.drain import run
+from borg_serve.usage.ledger import Ledger
+from borg_serve.usage.spool import Spool, spool_folder
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -34,12 +41,14 @@ if TYPE_CHECKING:
 __all__ = [
     "CLOSING_S",
     "Shared",
+    "accounts",
     "fail",
     "log_to_stderr",
-    "make_admission",
+    "make_coordinator",
     "make_gate",
     "make_ready",
     "serve_until_stopped",
+    "slots",
     "watch_engine",
 ]
 
@@ -86,15 +95,60 @@ def log_to_stderr() -> None:
 # -------------------------------------------------------------------------------------------------- start
 
 
-def make_gate(
-    prepared: Preparation, readiness: Readiness, quota: Quota | None = None, share: int = 1, replica: str | None = None
-) -> Gate:
-    """The gate of one API process or replica, closed until `Gate.open`.
+def make_coordinator(config: Config, quota_url: str | None = None) -> Coordinator:
+    """What all API processes of a server share. Raises ConfigError for a ledger or a quota storage that cannot be used.
 
-    `quota`: where keys are counted, in this process by default. `share`: how many processes count for themselves.
+    `quota_url`: where keys are counted, in this process by default.
     """
+    ledger = Ledger(config.usage.url) if config.usage.url is not None else None
+    budgets = Budgets() if ledger is not None else None
+    storage = {"storage_uri": quota_url} if quota_url else {}
+    quota = Quota(**storage, budgets=budgets) if config.server.keys is not None else None
+    return Coordinator(config.limits.max_wait_s, quota, ledger)
+
+
+@asynccontextmanager
+async def accounts(config: Config, coordinator: Coordinator | None) -> AsyncIterator[Spool | None]:
+    """Keep usage while the block runs: what this process writes reaches the ledger through its `coordinator`.
+
+    Without one another process has it, and only the files are handed over.
+    """
+    if config.usage.url is None:
+        yield None
+        return
+    folder = spool_folder(config.usage)
+    spool = Spool(folder, config.usage.spool_bytes)
+    ledger = coordinator.ledger if coordinator is not None else None
+    tasks = [asyncio.create_task(run(spool, folder, ledger) if ledger is not None else _hand_over(spool))]
+    if coordinator is not None:
+        tasks.append(asyncio.create_task(coordinator.keep_budgets()))
+    try:
+        yield spool
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _hand_over(spool: Spool) -> None:
+    try:
+        while True:
+            await asyncio.sleep(1)
+            spool.rotate()
+    finally:
+        spool.close()
+
+
+def make_gate(
+    prepared: Preparation,
+    readiness: Readiness,
+    coordinator: Coordinator | RemoteCoordinator,
+    spool: Spool | None,
+    replica: str | None = None,
+) -> Gate:
+    """The gate of one API process or replica, closed until `Gate.open`."""
     config = prepared.config
-    keys = KeyRing(config.server.keys, share=share) if config.server.keys is not None else None
+    keys = KeyRing(config.server.keys, budgets=config.usage.url is not None) if config.server.keys is not None else None
     metrics.IDENTITY_TOKENS.set(len(prepared.prefix.token_ids))
     return Gate(
         config.limits,
@@ -108,8 +162,9 @@ def make_gate(
         prepared.version() | ({"replica": replica} if replica else {}),
         readiness,
         Neutraliser(prepared.literals),
+        coordinator,
         keys,
-        (quota or Quota()) if keys is not None else None,
+        spool,
         echo_request_id=replica is None,  # Ray Serve adds the header by itself
     )
 
@@ -122,19 +177,22 @@ async def make_ready(prepared: Preparation, client: "AsyncLLM") -> None:
     logger.info("identity cached: %d of %d tokens; probe answered %r", cached, len(prepared.prefix.token_ids), answer)
 
 
-def make_admission(prepared: Preparation, client: "AsyncLLM") -> Admission:
-    """The queue before the engine for this API process; its slots come from the KV cache that the engine really has."""
-    cache = client.vllm_config.cache_config
-    slots = memory.slots(
-        prepared.config.limits,
+def slots(prepared: Preparation, client: "AsyncLLM") -> memory.Slots:
+    """What the engine holds at once: its slots come from the KV cache that it really has."""
+    config, cache = prepared.config, client.vllm_config.cache_config
+    total = client.vllm_config.scheduler_config.max_num_seqs
+    seqs = int(config.engine.get("max_num_seqs") or total)
+    found = memory.slots(
+        config.limits,
         kv_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
         block_tokens=cache.block_size,
         prefix_tokens=len(prepared.prefix.token_ids),
-        max_num_seqs=client.vllm_config.scheduler_config.max_num_seqs,
-        processes=prepared.config.server.processes,
+        max_num_seqs=seqs,
+        reserved=total - seqs,
     )
-    logger.info("admission: %s", slots)
-    return Admission(slots.concurrent, slots.queued, slots.queued_bytes)
+    logger.info("admission: %s", found)
+    metrics.SLOTS.set(found.concurrent)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- end

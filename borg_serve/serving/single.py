@@ -14,7 +14,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 
@@ -22,19 +22,22 @@ from borg_serve.config import Config, Limits
 from borg_serve.engine.client import start
 from borg_serve.engine.prepare import Preparation
 from borg_serve.errors import BorgServeError, EngineError, ServerError
-from borg_serve.gate.app import with_cors
+from borg_serve.gate.app import Gate, with_cors
 from borg_serve.gate.http import BoundedHttpProtocol
 from borg_serve.gate.readiness import Phase, Readiness
+from borg_serve.gate.remote import RemoteCoordinator
 from borg_serve.gate.request import App
 from borg_serve.serving import processes
 from borg_serve.serving.api_processes import supervise
 from borg_serve.serving.lifecycle import (
     CLOSING_S,
     Shared,
-    make_admission,
+    accounts,
+    make_coordinator,
     make_gate,
     make_ready,
     serve_until_stopped,
+    slots,
 )
 from borg_serve.upstream import pinned
 
@@ -97,33 +100,56 @@ def serve(prepared: Preparation, sock: socket.socket) -> int:
 
 
 async def serve_process(
-    prepared: Preparation, sock: socket.socket, shared: Shared, client_config: dict[str, Any] | None = None
+    prepared: Preparation,
+    sock: socket.socket,
+    shared: Shared,
+    client_config: dict[str, Any] | None = None,
+    channel: socket.socket | None = None,
 ) -> int:
-    """Run one API process to its end; its exit status. `client_config`: vLLM's, when the engine is shared."""
+    """Run one API process to its end; its exit status.
+
+    `client_config`: vLLM's, when the engine is shared. `channel`: to the coordinator in another process.
+    """
     index = client_config["client_index"] if client_config else 0
     shared.pids[index] = os.getpid()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    own = make_coordinator(prepared.config) if channel is None else None
+    coordinator = own or await RemoteCoordinator.connect(cast(socket.socket, channel))
     readiness = Readiness(shared.phases, index)
-    gate = make_gate(prepared, readiness, share=prepared.config.server.processes)
-    async with http(with_cors(gate, prepared.config.server.cors_origins), sock):
-        try:
-            async with engine_client(prepared, shared, client_config, stop) as client:
-                if client is None:
-                    return 0
-                await make_ready(prepared, client)
-                async with vllm_app(prepared, client) as app:
-                    gate.open(app, make_admission(prepared, client), client.model_config.max_model_len)
-                    shared.step()
-                    readiness.set(Phase.READY)
-                    logger.info("ready on http://%s:%d", *sock.getsockname()[:2])
-                    return await serve_until_stopped(prepared, gate, client, shared, stop, watching=index == 0)
-        except BorgServeError as error:
-            readiness.set(Phase.FAILED, "the engine could not be started")
-            logger.error("%s", error)
-            return 1
+    async with accounts(prepared.config, own) as spool:
+        gate = make_gate(prepared, readiness, coordinator, spool)
+        async with http(with_cors(gate, prepared.config.server.cors_origins), sock):
+            try:
+                return await _serve(prepared, gate, sock, shared, client_config, stop)
+            except BorgServeError as error:
+                readiness.set(Phase.FAILED, "the engine could not be started")
+                logger.error("%s", error)
+                return 1
+
+
+async def _serve(
+    prepared: Preparation,
+    gate: Gate,
+    sock: socket.socket,
+    shared: Shared,
+    client_config: dict[str, Any] | None,
+    stop: asyncio.Event,
+) -> int:
+    async with engine_client(prepared, shared, client_config, stop) as client:
+        if client is None:
+            return 0
+        await make_ready(prepared, client)
+        async with vllm_app(prepared, client) as app:
+            await gate.coordinator.open(slots(prepared, client))
+            gate.open(app, client.model_config.max_model_len)
+            shared.step()
+            gate.readiness.set(Phase.READY)
+            logger.info("ready on http://%s:%d", *sock.getsockname()[:2])
+            watching = client_config is None or client_config["client_index"] == 0
+            return await serve_until_stopped(prepared, gate, client, shared, stop, watching)
 
 
 @contextlib.asynccontextmanager

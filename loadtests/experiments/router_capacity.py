@@ -20,9 +20,10 @@ from borg_serve.cluster.app import Arguments, compose
 from borg_serve.cluster.replica import BorgServer
 from borg_serve.config import Config, load
 from borg_serve.engine.environment import prepare_environment
+from borg_serve.engine.memory import Slots
 from borg_serve.engine.prepare import prepare
-from borg_serve.gate.admission import Admission
 from borg_serve.gate.app import Gate
+from borg_serve.gate.coordinator import Coordinator
 from borg_serve.gate.readiness import Phase, Readiness
 from borg_serve.gate.request import Receive, Scope, Send
 from borg_serve.serving.lifecycle import log_to_stderr, make_gate
@@ -72,9 +73,11 @@ class Sleeping(BorgServer):
 
     async def __serve_build_asgi_app__(self) -> Gate:
         readiness = Readiness()
-        gate = make_gate(self._prepared, readiness, replica=str(serve.get_replica_context().replica_id.unique_id))
-        self._admission = Admission(concurrent=USERS, queued=USERS, queued_bytes=1 << 30)
-        gate.open(sleep, self._admission)
+        self._coordinator = Coordinator(max_wait_s=60)
+        await self._coordinator.open(Slots(USERS, 0, USERS << 20, 16, 1 << 30))
+        replica = str(serve.get_replica_context().replica_id.unique_id)
+        gate = make_gate(self._prepared, readiness, self._coordinator, None, replica)
+        gate.open(sleep)
         readiness.set(Phase.READY)
         return gate
 

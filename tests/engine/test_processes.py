@@ -39,7 +39,7 @@ def pair(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         f"--set=limits.deadline_s={PATIENCE_S}",  # 40 tokens must have their time on a crowded machine
         f"--set=server.drain_s={PATIENCE_S}",
         f"--set=limits.concurrent={SLOTS}",
-        "--set=limits.queued=0",
+        "--set=limits.max_wait_s=0",
     ) as server:
         yield Pair(server, {"authorization": f"Bearer {key}"})
 

@@ -20,10 +20,11 @@ from borg_serve.api.protocol import Bounds
 from borg_serve.config import Limits
 from borg_serve.gate.admission import Admission
 from borg_serve.gate.app import Gate
+from borg_serve.gate.coordinator import Coordinator
 from borg_serve.gate.readiness import Phase, Readiness
 from borg_serve.gate.request import Receive, Scope, Send
 from borg_serve.serving.single import SEND_BYTES, http
-from tests.asgi import ANSWER, document
+from tests.asgi import ANSWER, document, seats
 
 BODY_BYTES = 64 * 1024
 BODY_S = 0.5
@@ -158,12 +159,14 @@ def serving(limits: Limits = LIMITS, opened: bool = True) -> Iterator[GateServer
     stop, started = asyncio.Event(), threading.Event()
     loops = []
     readiness = Readiness()
-    application = Gate(limits, Bounds(), {"identity": {"tokens": 0}}, readiness, lambda text: text)
+    coordinator = Coordinator(max_wait_s=60)
+    application = Gate(limits, Bounds(), {"identity": {"tokens": 0}}, readiness, lambda text: text, coordinator)
 
     async def serve() -> None:
         loops.append(asyncio.get_running_loop())
         if opened:
-            application.open(stub, Admission(4, 64, MIB))
+            coordinator.admission = Admission(seats(4), max_wait_s=60)
+            application.open(stub)
             readiness.set(Phase.READY)
         async with http(application, sock):
             started.set()

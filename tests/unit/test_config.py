@@ -26,7 +26,7 @@ def test_config_reports_every_problem_at_once_with_file_key_value_and_cure(tmp_p
             "model": {"dtype": "int3", "served_name": ""},
             "identity": {"prompt": "identity.md"},
             "server": {"prot": 80, "port": 70000, "processes": 0, "drain_s": "long"},
-            "limits": {"top_p": 0, "concurrent": "many", "queued": -1},
+            "limits": {"top_p": 0, "concurrent": "many", "max_wait_s": -1},
             "cluster": {"expect_root": "abc"},
             "sever": {},
         },
@@ -34,7 +34,7 @@ def test_config_reports_every_problem_at_once_with_file_key_value_and_cure(tmp_p
     found = problems(file)
     assert set(found) == {
         *("model.path", "model.dtype", "model.served_name", "server.prot", "server.port", "server.processes"),
-        *("server.drain_s", "limits.top_p", "limits.concurrent", "limits.queued", "cluster.expect_root", "sever"),
+        *("server.drain_s", "limits.top_p", "limits.concurrent", "limits.max_wait_s", "cluster.expect_root", "sever"),
     }
     for key, problem in found.items():
         assert re.fullmatch(rf"{re.escape(str(file))}: {key}: .+, got .+\. .+[.?]", str(problem), re.DOTALL), problem
@@ -60,7 +60,7 @@ def test_config_does_not_turn_one_type_into_another(tmp_path: Path, item: str) -
 
 def test_config_takes_auto_wherever_it_is_the_default(tmp_path: Path) -> None:
     autos = [name for name, field in Limits.model_fields.items() if field.default == "auto"]
-    assert len(autos) >= 3
+    assert len(autos) >= 2
     config = load(write(tmp_path), [f"limits.{name}=auto" for name in autos])
     assert config.limits == load(write(tmp_path)).limits
     assert problems(write(tmp_path), *(f"limits.{name}=-1" for name in autos)).keys() == {f"limits.{n}" for n in autos}

@@ -5,54 +5,46 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from borg_serve.config import Limits
-from borg_serve.engine.memory import OWN_TOKENS, SLACK, MemoryPlan, Slots, slots
+from borg_serve.engine.memory import MemoryPlan, Slots, reserve, slots
 
 
 def slots_of(limits: Limits | None = None, **given: int) -> Slots:
-    kv_tokens = given.get("kv_tokens", 93_184)
     return slots(
         limits or Limits(),
-        kv_tokens=kv_tokens,
+        kv_tokens=given.get("kv_tokens", 93_184),
         block_tokens=given.get("block_tokens", 32),
         prefix_tokens=given.get("prefix_tokens", 2_320),
         max_num_seqs=given.get("max_num_seqs", 16),
-        processes=given.get("processes", 1),
+        reserved=given.get("reserved", 0),
     )
 
 
-def test_slots_are_what_the_scheduler_takes_when_the_cache_holds_more() -> None:
-    assert slots_of() == Slots(concurrent=16, queued=2, queued_bytes=1 << 20)
+def test_slots_are_what_the_scheduler_takes_and_the_cache_behind_the_identity() -> None:
+    assert slots_of() == Slots(concurrent=16, reserved=0, kv_tokens=90_880, block_tokens=32, queued_bytes=1 << 20)
 
 
-def test_slots_are_what_the_cache_holds_when_the_scheduler_would_take_more() -> None:
-    assert slots_of(max_num_seqs=512).concurrent == (93_184 - 2_304) // OWN_TOKENS == 44
-
-
-@pytest.mark.parametrize("kv_tokens", [0, 100, 2_304, 4_000])
-def test_slots_are_one_at_least(kv_tokens: int) -> None:
+@pytest.mark.parametrize("kv_tokens", [0, 100, 2_304])
+def test_slots_hold_a_request_where_the_cache_holds_nothing(kv_tokens: int) -> None:
     found = slots_of(kv_tokens=kv_tokens)
-    assert (found.concurrent, found.queued) == (1, 1)
+    assert found.kv_tokens == 0
     assert found.queued_bytes >= Limits().body_bytes
 
 
 def test_slots_follow_the_profile_where_it_decides() -> None:
-    limits = Limits(concurrent=7, queued=0, queued_bytes=5000)
-    assert slots_of(limits) == Slots(7, 0, 5000)
+    found = slots_of(Limits(concurrent=7, queued_bytes=5000))
+    assert (found.concurrent, found.queued_bytes) == (7, 5000)
 
 
-def test_slots_are_divided_among_the_processes_with_some_slack_and_none_gets_nothing() -> None:
-    assert slots_of(processes=4).concurrent == 16 * SLACK / 4 == 6
-    assert slots_of(Limits(concurrent=2, queued=0, queued_bytes=3), processes=8) == Slots(1, 0, 1)
-
-
-@given(st.integers(1, 64), st.integers(1, 10**7), st.integers(1, 4096))
-def test_slots_together_are_what_there_is_and_little_more(processes: int, kv_tokens: int, seqs: int) -> None:
-    alone = slots_of(kv_tokens=kv_tokens, max_num_seqs=seqs)
-    shared = slots_of(kv_tokens=kv_tokens, max_num_seqs=seqs, processes=processes)
-    assert alone.concurrent <= seqs
-    for name in ("concurrent", "queued", "queued_bytes"):
-        total, each = getattr(alone, name), getattr(shared, name)
-        assert total <= each * processes <= total * SLACK + processes
+@given(st.integers(1, 1024), st.integers(1, 1024))
+def test_slots_reserved_are_beyond_the_ordinary_ones_and_in_the_engine(seqs: int, concurrent: int) -> None:
+    extra = reserve(seqs)
+    assert slots_of(max_num_seqs=seqs, reserved=extra).reserved == extra
+    found = slots_of(Limits(concurrent=concurrent), max_num_seqs=seqs, reserved=extra)
+    assert found.reserved <= reserve(concurrent)
+    if concurrent <= seqs:
+        assert found.reserved >= 1
+        assert concurrent + found.reserved <= seqs + extra
+    assert slots_of(Limits(concurrent=concurrent), max_num_seqs=seqs).reserved == 0, "without keys"
 
 
 def plan(**changed: int) -> MemoryPlan:

@@ -7,7 +7,20 @@ from typing import Any
 import pytest
 
 from borg_serve.gate import app as gate_module
-from tests.asgi import ANSWER, CHAT, DONE, QUESTION, STREAM, USAGE, Application, Client, chunk, document, make_gate
+from tests.asgi import (
+    ANSWER,
+    CHAT,
+    DONE,
+    QUESTION,
+    STREAM,
+    USAGE,
+    Application,
+    Client,
+    admission,
+    chunk,
+    document,
+    make_gate,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -155,8 +168,7 @@ async def test_answer_ends_a_stream_that_nobody_reads() -> None:
     assert time.monotonic() - begun >= 0.1
     assert client.aborted, "unread bytes must not keep the connection"
     assert (app.stopped, app.running, len(gate.live)) == (1, 0, 0)
-    assert gate._admission is not None
-    assert gate._admission.running == 0
+    assert admission(gate).running == 0
 
 
 async def test_answer_gives_a_slow_reader_its_time_for_every_chunk() -> None:

@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from borg_serve.api.errors import ApiError
 from borg_serve.gate import app as gate_module
 from borg_serve.gate.readiness import Phase
-from tests.asgi import ANSWER, CHAT, QUESTION, STREAM, Application, Client, chunk, document, make_gate
+from tests.asgi import ANSWER, CHAT, QUESTION, STREAM, Application, Client, admission, chunk, document, make_gate
 
 LONG = Application.whole(document(), wait_s=60.0)
 
@@ -188,7 +188,7 @@ async def test_gate_ends_all_with_one_answer_in_the_shape_that_each_has_begun() 
     await streaming.until(lambda: len(streaming.sent) > 1)
     app.script = (60.0,)
     whole, waiting = Client(gate, CHAT, QUESTION).begin(), Client(gate, CHAT, QUESTION).begin()
-    await whole.until(lambda: app.running == 2 and gate._admission is not None and gate._admission.waiting == 1)
+    await whole.until(lambda: app.running == 2 and admission(gate).waiting == 1)
     lost = ApiError(503, "The engine was lost.", "server_error", None, "engine_lost", "engine_lost")
     await gate.end_all(lost, 5)
     for client in (streaming, whole, waiting):

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from borg_serve.gate.admission import Demand
 from borg_serve.gate.keys import KeyRing, new_key
-from tests.asgi import ANSWER, CHAT, QUESTION, Application, Client, document, make_gate
+from borg_serve.gate.telemetry import Spent
+from tests.asgi import ANSWER, CHAT, QUESTION, Application, Client, admission, document, make_gate
 from tests.waiting import await_room_in_the_minute
 
 LONG = Application.whole(document(), wait_s=60.0)
@@ -61,7 +63,7 @@ async def test_gate_tells_a_key_over_its_limits_when_to_return(keys: tuple[KeyRi
     gate = make_gate(Application.whole(document(), wait_s=0.2), keys=keys[0])
     headers = {"authorization": f"Bearer {keys[1]['bound']}"}
     first = Client(gate, CHAT, QUESTION, headers=headers).begin()
-    await first.until(lambda: gate._admission is not None and gate._admission.running == 1)
+    await first.until(lambda: admission(gate).running == 1)
     second = await Client(gate, CHAT, QUESTION, headers=headers).run()
     assert (second.status, second.error["type"]) == (429, "rate_limit_error")
     assert second.headers["retry-after"] == "1"
@@ -92,7 +94,7 @@ async def test_gate_charges_a_key_for_its_own_tokens_not_for_the_identity(tmp_pa
 
 
 async def test_gate_that_is_full_refuses_before_it_reads_the_body() -> None:
-    gate = make_gate(LONG, concurrent=1, queued=0)
+    gate = make_gate(LONG, concurrent=1, max_wait_s=0)
     first = Client(gate, CHAT, QUESTION).begin()
     await first.until(lambda: LONG.running == 1)
     second = await Client(gate, CHAT, QUESTION).run()
@@ -107,13 +109,12 @@ async def test_gate_that_is_full_refuses_before_it_reads_the_body() -> None:
 
 async def test_gate_lets_a_request_wait_for_its_slot() -> None:
     app = Application.whole(document(), wait_s=0.1)
-    gate = make_gate(app, concurrent=1, queued=2)
+    gate = make_gate(app, concurrent=1)
     clients = [Client(gate, CHAT, QUESTION).begin() for _ in range(3)]
     for client in clients:
         assert (await client.ended()).status == 200
         assert app.running <= 1
-    assert gate._admission is not None
-    assert (gate._admission.running, gate._admission.waiting) == (0, 0)
+    assert (admission(gate).running, admission(gate).waiting) == (0, 0)
 
 
 async def test_gate_counts_every_choice_as_a_slot() -> None:
@@ -121,27 +122,25 @@ async def test_gate_counts_every_choice_as_a_slot() -> None:
     gate = make_gate(app, concurrent=4)
     client = Client(gate, CHAT, QUESTION | {"n": 3}).begin()
     await client.until(lambda: app.running == 1)
-    assert gate._admission is not None
-    assert gate._admission.running == 3
+    assert admission(gate).running == 3
     client.left.set()
     await client.ended()
-    assert gate._admission.running == 0
+    assert admission(gate).running == 0
 
 
 @pytest.mark.parametrize("how", ["leaves", "deadline"])
 async def test_gate_forgets_a_request_that_waits_no_longer(how: str) -> None:
     app = Application(*ANSWER)
-    gate = make_gate(app, concurrent=1, queued=2, deadline_s=0.1 if how == "deadline" else 30)
-    assert gate._admission is not None
-    await gate._admission.acquire(1, 0)
+    gate = make_gate(app, concurrent=1, deadline_s=0.1 if how == "deadline" else 30)
+    held = await admission(gate).acquire(None, Demand(1, 0, 1))
     waiting = Client(gate, CHAT, QUESTION).begin()
-    await waiting.until(lambda: gate._admission is not None and gate._admission.waiting == 1)
+    await waiting.until(lambda: admission(gate).waiting == 1)
     if how == "leaves":
         waiting.left.set()
         await waiting.ended()
         assert waiting.sent == []
     else:
         assert (await waiting.ended()).status == 504
-    assert (gate._admission.running, gate._admission.waiting) == (1, 0)
-    gate._admission.release(1, 1)
+    assert (admission(gate).running, admission(gate).waiting) == (1, 0)
+    admission(gate).release(held, Spent())
     assert app.scopes == []

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from borg_serve.errors import ConfigError
 from borg_serve.gate import keys
-from borg_serve.gate.keys import Key, KeyRing, new_key
+from borg_serve.gate.keys import BATCH, Key, KeyRing, new_key
 
 
 class Clock:
@@ -70,7 +70,7 @@ def test_new_key_refuses_a_name_that_the_file_could_not_hold(name: str) -> None:
 def test_keyring_reads_limits(tmp_path: Path) -> None:
     limits = {"requests_per_minute": 60, "tokens_per_minute": 1000, "concurrent": 2}
     ring = KeyRing(write(tmp_path / "keys.yaml", {"name": "a", "sha256": digest("k"), "limits": limits}))
-    assert ring.lookup("k") == Key("a", 60, 1000, 2)
+    assert ring.lookup("k") == Key("a", 60, 1000, concurrent=2)
 
 
 @pytest.mark.parametrize("bearer", ["", "k ", "K", digest("k"), "\ud800", "k" * 10_000])
@@ -239,9 +239,35 @@ def test_keyring_never_raises_from_lookup_whatever_the_file_becomes(
     assert case.problems or content.strip() == b"[]" or yaml.safe_load(content) == []
 
 
-def test_keyring_divides_limits_among_processes(tmp_path: Path) -> None:
+def test_keyring_reads_shares_and_budgets(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     key, entry = new_key("alice")
-    path.write_text(entry + "  limits: {requests_per_minute: 10, concurrent: 2}\n")
-    found = KeyRing(path, share=4).lookup(key)
-    assert found == Key("alice", requests_per_minute=2, tokens_per_minute=None, concurrent=1)
+    path.write_text(entry + "  weight: 2\n  priority: batch\n  limits: {tokens_per_day: 5, tokens_per_month: 9}\n")
+    found = KeyRing(path).lookup(key)
+    assert found == Key("alice", tokens_per_day=5, tokens_per_month=9, weight=2, priority="batch")
+    assert found.share == 2 / BATCH
+    assert Key("bob", weight=3).share == 3
+
+
+def test_keyring_refuses_budgets_that_nobody_could_count(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    _, entry = new_key("alice")
+    path.write_text(entry + "  limits: {tokens_per_day: 5}\n")
+    with pytest.raises(ConfigError, match=r"keys\.yaml: entry 1 \(alice\)\.limits: .*Set usage\.url"):
+        KeyRing(path, budgets=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("weight: 0", "weight"),
+        ("weight: .nan", "weight"),
+        ("weight: heavy", "weight"),
+        ("priority: urgent", "Use interactive or batch"),
+    ],
+)
+def test_keyring_refuses_a_share_that_is_none(tmp_path: Path, line: str, says: str) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(new_key("alice")[1] + f"  {line}\n")
+    with pytest.raises(ConfigError, match=says):
+        KeyRing(path)

@@ -13,10 +13,12 @@ from borg_serve.config import Limits
 from borg_serve.gate import app as gate_module
 from borg_serve.gate.admission import Admission
 from borg_serve.gate.app import Gate
+from borg_serve.gate.coordinator import Coordinator
 from borg_serve.gate.keys import KeyRing, new_key
 from borg_serve.gate.quota import Quota
 from borg_serve.gate.readiness import Phase, Readiness
 from borg_serve.gate.request import App, Message, Receive, Scope, Send
+from tests.asgi import seats
 from tests.protocols import document, event, events, stream
 
 CHAT, RESPONSES, MESSAGES = PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
@@ -61,8 +63,10 @@ def gate(app: App, keys: KeyRing | None = None) -> Gate:
     limits = Limits(deadline_s=30, body_bytes=10_000, body_s=30, stall_s=30)
     readiness = Readiness()
     quota = Quota() if keys is not None else None
-    opened = Gate(limits, Bounds(), {"identity": {"tokens": 2304}}, readiness, str, keys, quota)
-    opened.open(app, Admission(4, 4, 10_000))
+    coordinator = Coordinator(60, quota)
+    coordinator.admission = Admission(seats(4, queued_bytes=10_000), 60)
+    opened = Gate(limits, Bounds(), {"identity": {"tokens": 2304}}, readiness, str, coordinator, keys)
+    opened.open(app)
     readiness.set(Phase.READY)
     return opened
 

@@ -10,7 +10,7 @@ import pytest
 from borg_serve.api.errors import ApiError
 from borg_serve.gate import app as gate_module
 from borg_serve.gate.request import Receive, Scope, Send
-from tests.asgi import ANSWER, CHAT, DONE, QUESTION, STREAM, Application, Client, chunk, document, make_gate
+from tests.asgi import ANSWER, CHAT, DONE, QUESTION, STREAM, Application, Client, admission, chunk, document, make_gate
 
 
 @pytest.fixture(autouse=True)
@@ -109,8 +109,7 @@ async def test_request_stops_the_engine_when_the_client_leaves(body: dict[str, A
     await client.ended(limit_s=30)  # not after the 60 s that the application still has to say something
     assert len(client.sent) == sent, "nobody is there to be answered"
     assert (app.stopped, app.running, len(gate.live)) == (1, 0, 0)
-    assert gate._admission is not None
-    assert gate._admission.running == 0
+    assert admission(gate).running == 0
 
 
 async def test_request_with_a_client_that_leaves_in_its_body_asks_nothing_of_the_engine() -> None:

@@ -136,7 +136,7 @@ async def test_count_asks_vllm_for_the_prompt_that_the_answer_would_have(path: s
 async def test_count_needs_no_slot_but_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate_module, "COUNTING", 1)
     app = Application.whole(document(), wait_s=60.0)
-    gate = make_gate(app, concurrent=1, queued=0)
+    gate = make_gate(app, concurrent=1, max_wait_s=0)
     generating = await Client(gate, CHAT, QUESTION).begin().until(lambda: app.running == 1)
     counting = await Client(gate, COUNT, TURN).begin().until(lambda: app.running == 2)
     refused = await Client(gate, COUNT, TURN).run()
@@ -174,7 +174,7 @@ async def test_error_that_would_come_again_tells_clients_not_to_repeat(
     late = await Client(make_gate(Application.whole(b"", wait_s=60.0), deadline_s=0.05), path, TURN).run()
     failed = await Client(make_gate(Application.whole(b"", status=500)), path, TURN).run()
     assert [(one.status, one.headers["x-should-retry"]) for one in (late, failed)] == [(504, "false"), (500, "false")]
-    busy = await Client(make_gate(Application(), concurrent=1, queued=0, body_bytes=1024), path, b"x" * 2048).run()
+    busy = await Client(make_gate(Application(), concurrent=1, max_wait_s=0, body_bytes=1024), path, b"x" * 2048).run()
     assert "x-should-retry" not in busy.headers
 
 

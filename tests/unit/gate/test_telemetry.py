@@ -151,6 +151,7 @@ def test_telemetry_classifies_every_outcome() -> None:
         "aborted": {"gone", "stalled"},
         "failed": {"deadline", "drain", "engine_lost", "error"},
         "refused": {
+            "budget",
             "body_size",
             "body_time",
             "busy",
@@ -158,6 +159,7 @@ def test_telemetry_classifies_every_outcome() -> None:
             "headers",
             "invalid",
             "key",
+            "ledger",
             "not_ready",
             "quota",
             "route",
