@@ -242,11 +242,14 @@ def manifest_verify(directory: Checkpoint, as_json: AsJson = False) -> None:
 
 
 @key_app.command("new")
-def key_new(name: Annotated[str, typer.Argument(help="Whose key it is; shown in logs and metrics.")]) -> None:
+def key_new(
+    name: Annotated[str, typer.Argument(help="Whose key it is; shown in logs and metrics.")],
+    metrics: Annotated[bool, typer.Option("--metrics", help="It may read /metrics, which tell of all keys.")] = False,
+) -> None:
     """Make an API key. Prints the key on stderr, once, and its entry for the key file on stdout (>> keys.yaml)."""
     from borg_serve.gate import keys
 
-    key, entry = keys.new_key(name)
+    key, entry = keys.new_key(name, metrics)
     print(f"The key of {name}, shown only now: {key}", file=sys.stderr)
     print(entry, end="")
 

@@ -38,6 +38,7 @@ SOME = {"type": "array", "minItems": 1}
 ERRORS = {
     400: "The request is malformed, out of bounds, refused, or does not fit into the context.",
     401: "The API key is missing or unknown.",
+    403: "The key may not read metrics.",
     404: "There is no such route or model.",
     405: "The route takes another method.",
     408: "The body, or the reading of the answer, was too slow.",
@@ -50,6 +51,7 @@ ERRORS = {
 }
 GETS = (401, 404, 405, 429, 500, 503)
 USED = (400, *GETS)
+POSTS = tuple(status for status in ERRORS if status != 403)
 DATE = {"type": "string", "format": "date"}
 PERIOD = [
     {"name": name, "in": "query", "description": what, "schema": schema}
@@ -101,7 +103,7 @@ def openapi(bounds: Bounds | None = None) -> dict[str, Any]:
             "/v1/usage": {"parameters": PERIOD, **_get("usage", "What the key has used.", _ref("Usage"), errors=USED)},
             "/health": _get("health", "The process is alive.", _ref("Health"), errors=(405, 500), open_to_all=True),
             "/ready": ready,
-            "/metrics": _get("metrics", "Prometheus metrics.", {"type": "string"}, "text/plain"),
+            "/metrics": _get("metrics", "Prometheus metrics.", {"type": "string"}, "text/plain", (403, *GETS)),
             "/version": _get("version", "What runs here.", _ref("Version")),
             "/openapi.json": _get("openapi", "This document.", {"type": "object"}),
         },
@@ -146,7 +148,7 @@ def _generate(
         "summary": f"{summary}, whole or as a stream of server-sent events.",
         "description": description,
         "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(request)}}},
-        "responses": {"200": success, **_errors(tuple(ERRORS), error)},
+        "responses": {"200": success, **_errors(POSTS, error)},
     }
     return {"post": post}
 
@@ -154,8 +156,8 @@ def _generate(
 def _count(operation: str, request: str, answer: str, error: str = "Error") -> dict[str, Any]:
     summary = "How many tokens the prompt of a request has, as its answer's usage would tell."
     body = {"required": True, "content": {"application/json": {"schema": _ref(request)}}}
-    post = _get(operation, summary, _ref(answer), errors=tuple(ERRORS))["get"]
-    post["responses"] |= _errors(tuple(ERRORS), error)
+    post = _get(operation, summary, _ref(answer), errors=POSTS)["get"]
+    post["responses"] |= _errors(POSTS, error)
     return {"post": {**post, "requestBody": body}}
 
 

@@ -43,9 +43,13 @@ class Account:
         self.grant, self._granted_at = grant, time.monotonic()
 
     def leave(self) -> Spent:
-        """The request leaves the engine; return what it has used there."""
-        self._spent = self._now()
-        return self._spent
+        """The request leaves the engine; return what it has cost there.
+
+        A prompt without a first token was perhaps never read: it is charged, but not billed, as vLLM does not count it.
+        """
+        spent = self._now()
+        self._spent = spent if spent.output_tokens else Spent(engine_s=spent.engine_s, choices=spent.choices)
+        return spent
 
     def close(self, span: Span, model: str) -> None:
         """The request has been answered, or its client is gone. `model` is the served name."""
@@ -78,6 +82,6 @@ class Account:
         if telemetry.ending(outcome) == "refused":
             spool.refuse(key)
             return
-        spent = self._spent or self._now()
+        spent = self._spent or self._now()  # not yet left: then the answer is whole
         counts = (spent.prompt_tokens, spent.identity_tokens, spent.cached_tokens, spent.output_tokens)
         spool.write(Entry(key, time.time(), outcome != "ok", *counts, spent.engine_s))

@@ -47,7 +47,19 @@ from borg_serve.gate.models import model, models
 from borg_serve.gate.readiness import Phase, Readiness
 from borg_serve.gate.remote import RemoteCoordinator
 from borg_serve.gate.request import AGAIN, App, ClientGone, Receive, Request, Scope, Send
-from borg_serve.gate.routes import COUNTS, MODEL, OPEN, PROTOCOLS, QUIET, USAGE, check_head, check_json, protocol, route
+from borg_serve.gate.routes import (
+    COUNTS,
+    METRICS,
+    MODEL,
+    OPEN,
+    PROTOCOLS,
+    QUIET,
+    USAGE,
+    check_head,
+    check_json,
+    protocol,
+    route,
+)
 from borg_serve.gate.telemetry import Spent
 from borg_serve.gate.usage import asked
 from borg_serve.usage.spool import Spool
@@ -168,6 +180,9 @@ class Gate:
             await response.document(200, self.version)
         elif path == "/openapi.json":
             await response.document(200, await asyncio.to_thread(lambda: self._openapi))  # the first takes a second
+        elif path == METRICS and key is not None and not key.metrics:
+            what = "Metrics tell of all keys, and this one may not read them: its entry needs `metrics: true`."
+            raise ApiError(403, what, "permission_error", None, "no_metrics", "key")
         elif account is not None:
             await self._generate(request, response, key, account)
         elif path in COUNTS:

@@ -49,6 +49,8 @@ class Key:
     concurrent: int | None = None
     weight: float = 1.0
     priority: Priority = "interactive"
+    metrics: bool = False
+    """Whether it may read `/metrics`, which tell of all keys."""
 
     @property
     def background(self) -> bool:
@@ -79,6 +81,7 @@ class Entry(BaseModel):
     limits: LimitsEntry = LimitsEntry()
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     priority: Priority = "interactive"
+    metrics: bool = False
 
 
 ENTRIES = TypeAdapter(list[Entry])
@@ -88,16 +91,21 @@ CURES = {
     "limits": "Use requests_per_minute, tokens_per_minute, tokens_per_day, tokens_per_month and concurrent, from 1 on.",
     "weight": "Use a number above 0; a key of weight 2 gets twice the share of one without it.",
     "priority": "Use interactive or batch.",
+    "metrics": "Use true for a key that may read /metrics.",
 }
 
 
-def new_key(name: str) -> tuple[str, str]:
+def new_key(name: str, metrics: bool = False) -> tuple[str, str]:
     """Make a key: (the key, which is shown once; its entry for the key file, as YAML).
+
+    `metrics`: whether it may read `/metrics`.
 
     Raises ConfigError for a name that the file could not hold.
     """
     key = "borg-" + secrets.token_urlsafe(32)
-    entry = {"name": name, "sha256": hashlib.sha256(key.encode()).hexdigest()}
+    entry: dict[str, Any] = {"name": name, "sha256": hashlib.sha256(key.encode()).hexdigest()}
+    if metrics:
+        entry["metrics"] = True
     try:
         ENTRIES.validate_python([entry])
     except ValidationError:
@@ -180,7 +188,9 @@ class KeyRing:
         return seen, [(bytes.fromhex(entry.sha256), key) for entry, key in zip(entries, keys, strict=True)]
 
     def _key(self, number: int, entry: Entry) -> Key:
-        key = Key(entry.name, **entry.limits.model_dump(), weight=entry.weight, priority=entry.priority)
+        key = Key(
+            entry.name, **entry.limits.model_dump(), weight=entry.weight, priority=entry.priority, metrics=entry.metrics
+        )
         if not self._budgets and (key.tokens_per_day or key.tokens_per_month):
             where = f"{self._path}: entry {number} ({entry.name}).limits"
             cure = "Set usage.url in the profile: budgets are counted by the ledger."
@@ -196,7 +206,7 @@ class KeyRing:
         # A key pasted in clear, anywhere, must not end up in a log.
         got = (
             detail["input"]
-            if rest and rest[0] in ("name", "limits", "weight", "priority")
+            if rest and rest[0] in ("name", "limits", "weight", "priority", "metrics")
             else _hidden(detail["input"])
         )
         what = "unknown key" if detail["type"] == "extra_forbidden" else validation.sentence(detail)

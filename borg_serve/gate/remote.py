@@ -42,6 +42,11 @@ class RemoteCoordinator:
         """Use one end of a socket pair; `serve` has the other."""
         return cls(*await asyncio.open_unix_connection(sock=channel, limit=LINE_BYTES))
 
+    def close(self) -> None:
+        """Give back whatever this process holds."""
+        self._writer.close()
+        self._listening.cancel()
+
     async def open(self, slots: Slots) -> None:
         """See Coordinator."""
         await self._call("open", asdict(slots))

@@ -13,6 +13,7 @@ from borg_serve.gate.request import Request
 
 __all__ = [
     "COUNTS",
+    "METRICS",
     "MODEL",
     "OPEN",
     "PROTOCOLS",
@@ -33,13 +34,14 @@ COUNTS: Mapping[str, Mapping[str, str]] = {
 }
 """Routes that count a prompt's tokens -> what their answers hold beside the number."""
 MODEL = "/v1/models/"
+METRICS = "/metrics"
 USAGE = "/v1/usage"
 ROUTES: Mapping[str, str] = {
     "/health": "GET",
     "/ready": "GET",
     "/version": "GET",
     "/openapi.json": "GET",
-    "/metrics": "GET",
+    METRICS: "GET",
     "/v1/models": "GET",
     f"{MODEL}{{id}}": "GET",
     USAGE: "GET",
@@ -48,7 +50,7 @@ ROUTES: Mapping[str, str] = {
 """Route -> the method it takes."""
 OPEN = {"/health", "/ready"}
 """Routes that need no key: load balancers must reach them."""
-QUIET = {"/health", "/ready", "/metrics"}
+QUIET = {"/health", "/ready", METRICS}
 """Routes that are not logged on every call."""
 ONCE = (b"authorization", b"content-type", b"x-api-key")
 """Headers that decide: of two, a proxy before us may have looked at the other one."""

@@ -35,7 +35,7 @@ def hurried(divisible: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """With two workers in tensor parallel, each a process of its own, and four tokens an event."""
     folder = tmp_path_factory.mktemp("hurried")
     entries = [
-        {"name": name, "sha256": hashlib.sha256(key(name).encode()).hexdigest(), "limits": limits}
+        {"name": name, "sha256": hashlib.sha256(key(name).encode()).hexdigest(), "metrics": True, "limits": limits}
         for name, limits in KEYS.items()
     ]
     (folder / "keys.yaml").write_text(yaml.safe_dump(entries))

@@ -29,7 +29,7 @@ SLOTS = 10
 def pair(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Pair"]:
     """Two API processes: 8 slots each, no queue, 5 s for a request's body, and a key."""
     folder = tmp_path_factory.mktemp("pair")
-    key, entry = new_key("tester")
+    key, entry = new_key("tester", metrics=True)
     (folder / "keys.yaml").write_text(entry)
     with running(
         folder,
