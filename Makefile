@@ -16,7 +16,7 @@ HINT := "make setup: .venv is not complete, the next make starts it again. If to
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system serve chat cluster-demo test test-gpu test-unit check fix bench-overhead overload soak calibrate load compare compare-runs tails guesses crosscheck fuzz canary lock clean
+.PHONY: help setup system serve chat cluster-demo test test-gpu test-unit check fix bench-overhead overload soak calibrate load compare compare-runs tails guesses fairness crosscheck fuzz canary lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -99,6 +99,9 @@ tails: setup ## ours beside vLLM's server for identities that end elsewhere in a
 
 guesses: setup ## whether time or usage tells what another key asked, into docs/results/guesses.md and .json
 	$(BIN)/python -m loadtests.experiments.guesses $(ARGS)
+
+fairness: setup ## whether one key's flood takes from another key: make fairness [ARGS="--replicas 1"], into docs/results/fairness.md and .json
+	$(BIN)/python -m loadtests.experiments.fairness $(ARGS)
 
 crosscheck: setup ## others' benchmarks beside ours on a running server: make crosscheck [HOST= ARGS=], into docs/results/crosscheck.md
 	$(BIN)/python -m loadtests.experiments.crosscheck --host $(HOST) $(ARGS)

@@ -5,7 +5,7 @@ It does not know what is asked.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -25,6 +25,8 @@ class Timing:
     error: str | None = None
     """Why it was no success: the error's code or text, or how the stream was wrong."""
     retry_after: str | None = None
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    """The server's own count of tokens."""
 
 
 def client(url: str, timeout_s: float = 120) -> httpx.AsyncClient:
@@ -52,4 +54,4 @@ async def stream(client: httpx.AsyncClient, request: Mapping[str, Any], stop_aft
     if error is None and outcome != Outcome.OK:
         error = outcome.value if outcome == Outcome.GRAMMAR else detail
     first_s = None if found.first_us is None else found.first_us / 1e6
-    return Timing(200, time.perf_counter() - begin, first_s, error)
+    return Timing(200, time.perf_counter() - begin, first_s, error, usage=found.usage)

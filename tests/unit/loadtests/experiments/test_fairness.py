@@ -27,7 +27,8 @@ def document(flooded: float = 70.0, ttft_ms: float = 1000.0, refused: int = 0, f
     }
     keys = {load.key: row(5.0, failed=failed) for load in fairness.twenty()}
     around = {"versions": {"vllm": "0", "python": "3"}, "machine": {"cores": 2, "processor": "x"}}
-    return {"command": "x", **around, "slots": 16, "identity_tokens": IDENTITY, "rounds": rounds, "twenty": keys}
+    sizes = {"slots": 16, "identity_tokens": IDENTITY, "pause_s": 0.0, "period_s": 1.0}
+    return {"command": "x", **around, "server": "ours", **sizes, "rounds": rounds, "twenty": keys}
 
 
 @pytest.mark.parametrize(
@@ -57,13 +58,14 @@ def test_figures_count_what_was_sent_after_the_run_in() -> None:
 
 
 def test_phases_differ_in_who_asks_and_how_much() -> None:
-    found = {name: [(load.key, load.connections) for load in loads] for name, loads in fairness.phases(16).items()}
+    loads_of = fairness.phases(16, 0.0, 1.0)
+    found = {name: [(load.key, load.connections) for load in loads] for name, loads in loads_of.items()}
     assert tuple(found) == fairness.PHASES
     assert found["alone"] == [(FLOOD, 40)]
-    assert found["full"] == [(FLOOD, 16), (OTHER, None)]
-    assert found["flooded"] == [(FLOOD, 40), (OTHER, None)]
+    assert found["full"] == [(FLOOD, 16), (OTHER, 0)]
+    assert found["flooded"] == [(FLOOD, 40), (OTHER, 0)]
     loads = fairness.twenty()
-    assert {(load.connections, load.patient) for load in loads} == {(3, True)}
+    assert {(load.connections, load.pause_s) for load in loads} == {(3, None)}
     assert len({load.key for load in loads}) == 20
     assert {load.tokens for load in loads} == {8, 16, 32, 64}
 
@@ -73,7 +75,7 @@ def test_phases_differ_in_who_asks_and_how_much() -> None:
     [
         ({}, []),
         ({"ttft_ms": 1600.0}, ["TTFT p50"]),
-        ({"flooded": 40.0}, ["tokens that"]),
+        ({"flooded": 40.0}, ["tokens lost"]),
         ({"refused": 1}, ["requests of"]),
         ({"failed": 1}, ["requests that failed"]),
     ],
@@ -86,11 +88,18 @@ def test_report_says_which_bounds_are_reached(changes: dict[str, Any], missed: l
     assert len([figure for figure, *_, met in judged if met is False]) == len(missed)
 
 
+def test_report_judges_a_key_that_was_refused_each_time() -> None:
+    found = document()
+    for one in found["rounds"]["flooded"]:
+        one[OTHER]["ttft_ms"] = []
+    assert fairness.judged(found)[0][2:] == ("None", False)
+
+
 def test_report_has_a_line_for_each_phase_key_and_length() -> None:
     text = fairness.text(document())
     for line in (
-        "| alone | flood | 102.0 | 4540 | 4500 | 0 | 1004 | 1007 |",
-        "| flooded | other | 31.0 | 40 | 0 | 0 | 1004 | 1007 |",
+        "| alone | flood | 102.0 | 4540 | 4500 | 0 | 1003 | 1007 |",
+        "| flooded | other | 31.0 | 40 | 0 | 0 | 1003 | 1007 |",
         "| 64 | 5 | 5.00 | 5.00 | 40 | 0 | 0 |",
     ):
         assert line in text
