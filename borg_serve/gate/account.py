@@ -55,6 +55,7 @@ class Account:
         """The request has been answered, or its client is gone. `model` is the served name."""
         response, arrived, now = self._response, self._request.arrived, time.monotonic()
         self._write(response.outcome)
+        response.succeeding = _nothing  # each would keep the other alive
         spent = self._spent or Spent()
         tracing.ended(span, response.outcome, response.status, spent, model)
         first = response.first_event_at or response.progress.first_token_at
@@ -85,3 +86,7 @@ class Account:
         spent = self._spent or self._now()  # not yet left: then the answer is whole
         counts = (spent.prompt_tokens, spent.identity_tokens, spent.cached_tokens, spent.output_tokens)
         spool.write(Entry(key, time.time(), outcome != "ok", *counts, spent.engine_s))
+
+
+def _nothing() -> None:
+    pass

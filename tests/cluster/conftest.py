@@ -1,5 +1,6 @@
 """The one Ray cluster that the tests of this folder share: two nodes, two replicas of the demo behind HAProxy."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -29,6 +30,7 @@ from tests import workers
 from tests.conftest import Redis
 from tests.engine.process import environment as environment_of_a_user
 from tests.engine.process import free_port
+from tests.process.ledgers import Postgres, postgres
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,14 @@ GENTLE = {
     "engine.kv_cache_memory_bytes": 1 << 30,
     "server.processes": 4,  # for one machine: a replica has one API process, and all slots
     **workers.SETTINGS,
+}
+TESTER = "tester"
+KEYS: dict[str, dict[str, object]] = {
+    TESTER: {"metrics": True},
+    "one": {},
+    "other": {},
+    "few": {"limits": {"requests_per_minute": 4}},
+    "budgeted": {"limits": {"tokens_per_day": 60}},
 }
 FIRST_PORT = 31000
 """Replicas listen from here on; connections take theirs from 32768 on, and Ray passes over a taken one."""
@@ -84,6 +94,8 @@ class Cluster:
     environment: dict[str, str]
     nodes: "Nodes"
     checkpoint: Path
+    settings: dict[str, object]
+    """Of its profile, beside GENTLE: keys, their quotas in Redis, their ledger."""
 
     def tail(self) -> str:
         """Return the last lines of its log, for a failed assertion to show."""
@@ -130,7 +142,7 @@ class Cluster:
         """Give Serve the same application again, with these changes to its profile."""
         file = self.folder / "again.yaml"
         port = int(self.url.rpartition(":")[2])
-        file.write_text(yaml.safe_dump(configuration(self.checkpoint, port, **changes)))
+        file.write_text(yaml.safe_dump(configuration(self.checkpoint, port, **{**self.settings, **changes})))
         address = ["--address", self.nodes.dashboard]
         subprocess.run([SERVE, "deploy", *address, str(file)], cwd=ROOT, env=self.environment, check=True, timeout=120)
 
@@ -250,11 +262,45 @@ class Nodes:
 
 
 @pytest.fixture(scope="session")
-def shared_cluster(checkpoint: Path, redis: Redis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def database() -> Iterator[Postgres]:
+    """Where all replicas keep one ledger."""
+    with postgres() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def tester() -> Iterator[None]:
+    """Ask with a key that may read metrics, wherever a test says nothing else."""
+    LOOK.headers["authorization"] = f"Bearer {TESTER}"
+    yield
+    del LOOK.headers["authorization"]
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(
+    checkpoint: Path,
+    redis: Redis,
+    tester: None,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[Cluster]:
     """The demo's cluster, ready, one replica a node; at the end no process of it may be left behind."""
     folder = tmp_path_factory.mktemp("cluster")
     port = free_port()
-    (folder / "deploy.yaml").write_text(yaml.safe_dump(configuration(checkpoint, port)))
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in KEYS}
+    entries = [{"name": name, "sha256": digests[name], **more} for name, more in KEYS.items()]
+    (folder / "keys.yaml").write_text(yaml.safe_dump(entries))
+    try:
+        ledger = request.getfixturevalue("database").url
+    except pytest.skip.Exception:  # without PostgreSQL, a file that the replicas of this machine share
+        ledger = f"sqlite:///{folder}/usage.db"
+    settings: dict[str, object] = {
+        "server.keys": str(folder / "keys.yaml"),
+        "cluster.quota_url": f"redis://{redis.address}",
+        "usage.url": ledger,
+        "usage.spool": str(folder / "spool"),
+    }
+    (folder / "deploy.yaml").write_text(yaml.safe_dump(configuration(checkpoint, port, **settings)))
     environment = {
         **environment_of_a_user(),
         MARK: uuid4().hex,
@@ -277,7 +323,7 @@ def shared_cluster(checkpoint: Path, redis: Redis, tmp_path_factory: pytest.Temp
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    cluster = Cluster(f"http://127.0.0.1:{port}", process, log, folder, environment, nodes, checkpoint)
+    cluster = Cluster(f"http://127.0.0.1:{port}", process, log, folder, environment, nodes, checkpoint, settings)
     try:
         end = time.monotonic() + READY_S
         while len(cluster.replicas()) < 2 or cluster.ready() != 200:

@@ -24,11 +24,11 @@ def config(profile: str, *sets: str) -> Config:
     return load(ROOT / "configs" / f"{profile}.yaml", sets, arguments.field_problems)
 
 
-def test_application_bounds_come_from_the_kv_cache() -> None:
-    sets = (f"model.path={demo.materialise()}", "engine.max_num_seqs=1000")
+def test_application_scales_by_what_the_kv_cache_holds() -> None:
+    sets = (f"model.path={demo.materialise()}", "engine.max_num_seqs=1000", "cluster.max_replicas=2")
     deployment = application("demo-cpu", *sets)["deployment"]
-    assert fits(*sets) < deployment["max_ongoing_requests"] < 4 * fits(*sets)
-    assert deployment["max_queued_requests"] == deployment["max_ongoing_requests"]
+    assert deployment["autoscaling_config"]["target_ongoing_requests"] == round(0.7 * fits(*sets))
+    assert deployment["max_queued_requests"] == deployment["max_ongoing_requests"] == 10_000
 
 
 def test_application_scales_before_a_replica_is_full() -> None:
