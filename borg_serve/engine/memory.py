@@ -49,7 +49,7 @@ class Slots:
 
 def reserve(max_num_seqs: int) -> int:
     """How many sequences an engine with API keys runs beyond `max_num_seqs`."""
-    return max(1, max_num_seqs // 16)
+    return max(1, max_num_seqs // 8)
 
 
 def slots(

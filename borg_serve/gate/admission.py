@@ -21,8 +21,8 @@ TOKENS_A_BYTE = 0.3
 """Prompt tokens for each byte of a request, until answers have told."""
 OUTPUT_TOKENS = 256
 """Output tokens of a request that may write more, until answers have told."""
-SERVICE_S = 1.0
-"""Seconds of a request in the engine, until answers have told."""
+SERVICE_S = 5.0
+"""Seconds of a request in the engine, until answers have told; or less, so that twice as many may wait as run."""
 LEARNING = 0.1
 """Weight of the newest answer in moving averages; the first ones weigh more."""
 RESERVE = 1 / 8
@@ -124,7 +124,7 @@ class Admission:
         self._reserved = Pool(slots.reserved, math.ceil(slots.kv_tokens * RESERVE))
         self._queue: FairQueue[Waiter] = FairQueue()
         self._waiting_bytes = 0
-        self._service_s = Average(SERVICE_S)
+        self._service_s = Average(min(SERVICE_S, max_wait_s / 2) or SERVICE_S)
         self._tokens_a_byte = Average(TOKENS_A_BYTE)
         self._output_tokens = Average(OUTPUT_TOKENS)
 
@@ -145,7 +145,10 @@ class Admission:
         return self.waiting > 0 or not self._ordinary.holds(1, usual)
 
     def refuse_if_late(self, key: Key | None, size_bytes: int = 0) -> None:
-        """Raise Busy if a request of this key and size could neither run soon nor wait."""
+        """Raise Busy if a request of this key and size could neither run soon nor wait.
+
+        A key that has less than its share of the seats is not refused for its wait.
+        """
         wait_s = self._wait_s(key)
         if wait_s > self.max_wait_s or self._overflows(_name(key), size_bytes):
             raise Busy(min(60, max(1, math.ceil(wait_s))))
@@ -206,7 +209,12 @@ class Admission:
 
     def _wait_s(self, key: Key | None) -> float:
         """Seconds that a new request of this key likely waits; 0 if it would not."""
-        if not self.full or self._may_reserve(self._tenant(key), 1, 0):
+        tenant = self._tenant(key)
+        if not self.full or self._may_reserve(tenant, 1, 0):
+            return 0.0
+        waiting = sum(sequences for _, sequences, _ in tenant.waiting)
+        others = [other for other in self._queue.active() if other is not tenant]
+        if others and self.max_wait_s and tenant.running + waiting < self._share(tenant):
             return 0.0
         ahead = self._queue.ahead(_name(key))
         return (ahead + 1) * self._service_s.value / max(1, self.running)
@@ -251,8 +259,12 @@ class Admission:
         """Whether a tenant may have reserved seats: one that is not in a hurry has none, nor one with its share."""
         if tenant.background or not self._reserved.holds(sequences, kv_tokens):
             return False
+        return tenant.running + sequences <= self._share(tenant)
+
+    def _share(self, tenant: Tenant[Waiter]) -> float:
+        """Seats that a tenant may have if all that are active want theirs; one at least."""
         weights = sum(other.weight for other in self._queue.active() if other is not tenant) + tenant.weight
-        return tenant.running + sequences <= max(1.0, self.slots.concurrent * tenant.weight / weights)
+        return max(1.0, self.slots.concurrent * tenant.weight / weights)
 
 
 def _name(key: Key | None) -> str:

@@ -23,6 +23,7 @@ import asyncio
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -76,6 +77,9 @@ EXPOSED = (
     *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
 )
 """Headers of an answer that a page may read."""
+QUICK_REFUSALS = 10
+"""Refusals in a second that a key gets at once."""
+LATE_REFUSAL_S = 1.0
 DYING_S = 1.0
 """How long after a failure the watchdog may take to say that it was the engine's death."""
 
@@ -102,6 +106,9 @@ class Gate:
     _app: App | None = field(default=None, init=False)
     _context: int | None = field(default=None, init=False)
     _counting: int = field(default=0, init=False)
+    _refused_in: int = field(default=0, init=False)
+    _refused: Counter[str] = field(default_factory=Counter, init=False)
+    """Requests of each key that were told that the server is busy, in the second `_refused_in`."""
 
     @cached_property
     def _cache_scope(self) -> CacheScope:
@@ -159,12 +166,23 @@ class Gate:
             await self._route(request, response, account)
         except ApiError as error:
             metrics.REFUSALS.labels(error.reason).inc()
+            if isinstance(error, Busy) and response.key_name is not None:
+                await self._slow_down(response.key_name)
             await response.error(error)
         except ClientGone:
             response.outcome = "gone"
         except Exception:
             logger.exception("request %s failed inside the gate", request.id)
             await response.error(failure())
+
+    async def _slow_down(self, key: str) -> None:
+        """Refuse a key later whose clients come back at once: each refusal takes time from the engine's processor."""
+        second = int(time.monotonic())
+        if second != self._refused_in:
+            self._refused_in, self._refused = second, Counter()
+        self._refused[key] += 1
+        if self._refused[key] > QUICK_REFUSALS:
+            await asyncio.sleep(LATE_REFUSAL_S)
 
     # ------------------------------------------------------------------------------------------ routes
 

@@ -35,7 +35,7 @@ def who_answers(cluster: Cluster, text: str, headers: dict[str, str] | None = No
 
 
 def test_cluster_puts_the_identity_first(cluster: Cluster) -> None:
-    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=180) as client:
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key=TESTER, max_retries=0, timeout=180) as client:
         answer = client.chat.completions.create(
             model="borg-merge-v1",
             messages=[{"role": "user", "content": "What is the capital of France?"}],

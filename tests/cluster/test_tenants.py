@@ -65,7 +65,12 @@ def test_tenants_usage_of_all_replicas_is_in_one_ledger(cluster: Cluster, databa
     database.kill()
     assert ask(cluster.url, "other", "Hello", ignore_eos=True).status_code == 200
     database.start()
-    wait_until("what waited, too", lambda: counts() == (expected[0] + 1, expected[1] + 2), 60)
+
+    def back() -> bool:
+        answer = httpx.get(f"{cluster.url}/v1/usage", headers={"authorization": "Bearer other"}, timeout=60)
+        return answer.status_code == 200 and counts() == (expected[0] + 1, expected[1] + 2)
+
+    wait_until("what waited, too", back, 60)
 
 
 def test_tenants_budget_is_one_for_all_replicas(cluster: Cluster) -> None:

@@ -195,3 +195,20 @@ async def schedule(
         await check()
     assert admission.running == 0
     assert not admission._queue.active()
+
+
+async def test_admission_always_takes_a_key_that_has_less_than_its_share() -> None:
+    """Every answer takes long, so that any wait would be too long; each of ten keys gets in all the same."""
+    admission = Admission(seats(4), max_wait_s=1)
+    for _ in range(10):
+        admission.release(await admission.acquire(FLOOD, ONE), Spent(4, 0, 0, 100, engine_s=60.0))
+    for _ in range(4):
+        await admission.acquire(FLOOD, ONE)
+    flood = [asking(admission, FLOOD) for _ in range(3)]
+    keys = [Key(f"key {number}") for number in range(10)]
+    first = [asking(admission, key) for key in keys]
+    second = [asking(admission, key) for key in keys]
+    await settle()
+    assert not any(task.done() for task in first), "they wait"
+    assert all(isinstance(task.exception(), Busy) for task in (*flood, *second[1:]))
+    await leaving(*first, second[0])

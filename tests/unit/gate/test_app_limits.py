@@ -1,12 +1,15 @@
 """Keys, their limits, and slots in the engine, at the gate before an application that does as its script says."""
 
+import asyncio
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from borg_serve.gate import app as gate_module
 from borg_serve.gate.admission import Demand
 from borg_serve.gate.keys import KeyRing, new_key
 from borg_serve.gate.telemetry import Spent
@@ -144,3 +147,24 @@ async def test_gate_forgets_a_request_that_waits_no_longer(how: str) -> None:
     assert (admission(gate).running, admission(gate).waiting) == (1, 0)
     admission(gate).release(held, Spent())
     assert app.scopes == []
+
+
+async def test_gate_refuses_later_whose_clients_come_back_at_once(
+    keys: tuple[KeyRing, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_module, "QUICK_REFUSALS", 3)
+    monkeypatch.setattr(gate_module, "LATE_REFUSAL_S", 0.3)
+    gate = make_gate(LONG, keys=keys[0], concurrent=1, max_wait_s=0)
+    headers = {"authorization": f"Bearer {keys[1]['free']}"}
+    first = Client(gate, CHAT, QUESTION, headers=headers).begin()
+    await first.until(lambda: LONG.running == 1)
+    while time.monotonic() % 1 > 0.5:  # all in one second
+        await asyncio.sleep(0.01)
+    begun = time.monotonic()
+    for _ in range(3):
+        assert (await Client(gate, CHAT, QUESTION, headers=headers).run()).status == 503
+    assert time.monotonic() - begun < 0.25
+    assert (await Client(gate, CHAT, QUESTION, headers=headers).run()).status == 503
+    assert time.monotonic() - begun >= 0.3
+    first.left.set()
+    await first.ended()
