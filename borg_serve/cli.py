@@ -105,10 +105,11 @@ def check(
     profile = _load(config, set_)
     from borg_serve.engine import report
     from borg_serve.gate.keys import KeyRing
-    from borg_serve.serving import single
+    from borg_serve.serving import lifecycle, single
 
     if profile.server.keys is not None:
-        KeyRing(profile.server.keys)
+        KeyRing(profile.server.keys, budgets=profile.usage.url is not None)
+    lifecycle.make_coordinator(profile, profile.cluster.quota_url)
     single.check_address(profile)
     document = report.effective(profile, promise=True)
     text = report.text(document)

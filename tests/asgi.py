@@ -225,7 +225,7 @@ class Client:
         return error
 
 
-def seats(concurrent: int, reserved: int = 0, kv_tokens: int = 1 << 20, queued_bytes: int = 1 << 20) -> Slots:
+def slots(concurrent: int, reserved: int = 0, kv_tokens: int = 1 << 20, queued_bytes: int = 1 << 20) -> Slots:
     """What an engine holds."""
     return Slots(concurrent, reserved, kv_tokens, 16, queued_bytes)
 
@@ -257,7 +257,7 @@ def make_gate(
     coordinator = Coordinator(max_wait_s, quota)
     gate = Gate(limits, Bounds(), version, readiness, lambda text: text, coordinator, keys)
     if phase != Phase.STARTING:
-        coordinator.admission = Admission(seats(concurrent), max_wait_s)
+        coordinator.admission = Admission(slots(concurrent), max_wait_s)
         gate.open(app)
     readiness.set(phase, "" if phase == Phase.READY else "the test says so")
     return gate

@@ -72,6 +72,7 @@ OURS = {
     "override_generation_config": "Set limits.temperature, limits.top_p and limits.default_max_tokens.",
     "shutdown_timeout": "Set server.drain_s.",
     "structured_outputs_config": "Schemas are enforced by one backend, guidance: remove it.",
+    "scheduling_policy": "Set weight and priority of API keys.",
     "scheduler_cls": "borg-serve's scheduler is used: remove it.",
     "worker_cls": "borg-serve's worker is used: remove it.",
 }
@@ -89,8 +90,10 @@ def build(config: Config, model: str, chat_template: str, prefix_tokens: int | N
     engine = dict(config.engine)
     if prefix_tokens is not None:
         engine |= attention_choice.arguments(config, attention(config, prefix_tokens), prefix_tokens)
-    if config.server.keys is not None and (seqs := engine.get("max_num_seqs")):
-        engine["max_num_seqs"] = int(seqs) + memory.reserve(int(seqs))  # for keys that have less than their share
+    if config.server.keys is not None:
+        engine["scheduling_policy"] = "priority"  # the gate says whose prompt goes first
+        if seqs := engine.get("max_num_seqs"):
+            engine["max_num_seqs"] = int(seqs) + memory.reserve(int(seqs))  # for keys that have less than their share
     if engine.get("block_size", "auto") == "auto":
         engine["block_size"] = SMALLEST_BLOCK[device()]
     if device() == "cpu" and int(engine.get("pipeline_parallel_size") or 1) == 1:

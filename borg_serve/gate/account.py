@@ -25,7 +25,7 @@ class Account:
 
     def __init__(self, request: Request, response: Response, identity_tokens: int) -> None:
         self.grant: Grant | None = None
-        """Seats that the request got."""
+        """Slots that the request got."""
         self._request = request
         self._response = response
         self._identity_tokens = identity_tokens
@@ -39,7 +39,7 @@ class Account:
         self._spool = spool
 
     def granted(self, grant: Grant) -> None:
-        """The request has seats in the engine from now on."""
+        """The request has slots in the engine from now on."""
         self.grant, self._granted_at = grant, time.monotonic()
 
     def leave(self) -> Spent:

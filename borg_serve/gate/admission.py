@@ -1,6 +1,6 @@
-"""Who may use the engine now: seats, room in the KV cache, and a fair queue before them.
+"""Who may use the engine now: slots, room in the KV cache, and a fair queue before them.
 
-A request takes a seat for each sequence, and the KV blocks that it is expected to need. Tenants are API keys; without
+A request takes a slot for each sequence, and the KV blocks that it is expected to need. Tenants are API keys; without
 keys there is one. It does not know HTTP, nor what the engine does.
 """
 
@@ -26,11 +26,11 @@ SERVICE_S = 5.0
 LEARNING = 0.1
 """Weight of the newest answer in moving averages; the first ones weigh more."""
 RESERVE = 1 / 8
-"""Part of the KV cache beyond its whole that reserved seats may take; if it is really needed vLLM preempts."""
+"""Part of the KV cache beyond its whole that reserved slots may take; if it is really needed vLLM preempts."""
 
 
 class Busy(ApiError):
-    """The wait for a seat would be too long; `retry_after_s` is whole seconds until it is likely shorter."""
+    """The wait for a slot would be too long; `retry_after_s` is whole seconds until it is likely shorter."""
 
     def __init__(self, retry_after_s: int) -> None:
         self.retry_after_s = retry_after_s
@@ -61,7 +61,9 @@ class Grant:
     cost: float
     """New tokens that its tenant was charged beforehand."""
     reserved: bool
-    """Whether it has seats beyond the ordinary ones."""
+    """Whether it has slots beyond the ordinary ones."""
+    priority: int = 0
+    """By which the engine orders its prompts: 0 for a key that has less than its share, 1 for others, 2 for a batch."""
     number: int = 0
     """Of the call that asked for it, where another process did."""
 
@@ -81,21 +83,21 @@ class Average:
 
 @dataclass
 class Pool:
-    """Seats and KV tokens in use."""
+    """Slots and KV tokens in use."""
 
-    seats: int
+    slots: int
     kv_tokens: int
-    used_seats: int = 0
+    used_slots: int = 0
     used_kv_tokens: int = 0
 
     def holds(self, sequences: int, kv_tokens: int) -> bool:
         """Whether a request fits. One that needs more than there is fits when nothing else is there."""
-        room = self.used_kv_tokens + kv_tokens <= self.kv_tokens or self.used_seats == 0
-        return room and self.used_seats + sequences <= self.seats
+        room = self.used_kv_tokens + kv_tokens <= self.kv_tokens or self.used_slots == 0
+        return room and self.used_slots + sequences <= self.slots
 
     def take(self, sequences: int, kv_tokens: int) -> None:
         """Count a request in; negative numbers count it out."""
-        self.used_seats += sequences
+        self.used_slots += sequences
         self.used_kv_tokens += kv_tokens
 
 
@@ -110,7 +112,7 @@ class Waiter:
 
 
 class Admission:
-    """The seats of one engine, for all API processes in front of it.
+    """The slots of one engine, for all API processes in front of it.
 
     Used from one event loop only. `max_wait_s`: the longest expected wait that is accepted.
     """
@@ -119,7 +121,7 @@ class Admission:
         self.slots = slots
         self.max_wait_s = max_wait_s
         self.begun = 0
-        """Requests that got their seats so far."""
+        """Requests that got their slots so far."""
         self._ordinary = Pool(slots.concurrent, slots.kv_tokens)
         self._reserved = Pool(slots.reserved, math.ceil(slots.kv_tokens * RESERVE))
         self._queue: FairQueue[Waiter] = FairQueue()
@@ -131,7 +133,7 @@ class Admission:
     @property
     def running(self) -> int:
         """Sequences in the engine."""
-        return self._ordinary.used_seats + self._reserved.used_seats
+        return self._ordinary.used_slots + self._reserved.used_slots
 
     @property
     def waiting(self) -> int:
@@ -147,14 +149,14 @@ class Admission:
     def refuse_if_late(self, key: Key | None, size_bytes: int = 0) -> None:
         """Raise Busy if a request of this key and size could neither run soon nor wait.
 
-        A key that has less than its share of the seats is not refused for its wait.
+        A key that has less than its share of the slots is not refused for its wait.
         """
         wait_s = self._wait_s(key)
         if wait_s > self.max_wait_s or self._overflows(_name(key), size_bytes):
             raise Busy(min(60, max(1, math.ceil(wait_s))))
 
     async def acquire(self, key: Key | None, demand: Demand) -> Grant:
-        """Take seats, waiting for them if need be. Raises Busy if that would take too long.
+        """Take slots, waiting for them if need be. Raises Busy if that would take too long.
 
         Cancelling the wait leaves the queue.
         """
@@ -177,7 +179,7 @@ class Admission:
             return await waiter.turn
         except asyncio.CancelledError:
             if waiter.turn.done() and not waiter.turn.cancelled():
-                self.release(waiter.turn.result(), Spent())  # the seats came as the waiter left
+                self.release(waiter.turn.result(), Spent())  # the slots came as the waiter left
             else:
                 self._leave(name, waiter)
             raise
@@ -233,7 +235,7 @@ class Admission:
         self._admit()  # a wide request that leaves may let narrower ones in
 
     def _admit(self) -> None:
-        """Give seats to those whose turn it is, as far as there are any."""
+        """Give slots to those whose turn it is, as far as there are any."""
         while any(self._admit_one(first, name, tenant) for first, name, tenant in self._candidates()):
             pass
 
@@ -241,7 +243,7 @@ class Admission:
         return ((place == 0, name, tenant) for place, (name, tenant) in enumerate(self._queue.in_order()))
 
     def _admit_one(self, first: bool, name: str, tenant: Tenant[Waiter]) -> bool:
-        """Give seats to the first request of a tenant. Ordinary ones are only for the tenant that is `first`."""
+        """Give slots to the first request of a tenant. Ordinary ones are only for the tenant that is `first`."""
         waiter, sequences, cost = tenant.waiting[0]
         ordinary = first and self._ordinary.holds(sequences, waiter.kv_tokens)
         if not ordinary and not self._may_reserve(tenant, sequences, waiter.kv_tokens):
@@ -250,19 +252,21 @@ class Admission:
         self._waiting_bytes -= waiter.size_bytes
         if not waiter.turn.done():
             (self._ordinary if ordinary else self._reserved).take(sequences, waiter.kv_tokens)
+            priority = 2 if tenant.background else int(tenant.running + sequences > self._share(tenant))
             self._queue.start(name, sequences, cost)
             self.begun += 1
-            waiter.turn.set_result(Grant(name, sequences, waiter.size_bytes, waiter.kv_tokens, cost, not ordinary))
+            size_bytes, kv_tokens = waiter.size_bytes, waiter.kv_tokens
+            waiter.turn.set_result(Grant(name, sequences, size_bytes, kv_tokens, cost, not ordinary, priority))
         return True
 
     def _may_reserve(self, tenant: Tenant[Waiter], sequences: int, kv_tokens: int) -> bool:
-        """Whether a tenant may have reserved seats: one that is not in a hurry has none, nor one with its share."""
+        """Whether a tenant may have reserved slots: one that is not in a hurry has none, nor one with its share."""
         if tenant.background or not self._reserved.holds(sequences, kv_tokens):
             return False
         return tenant.running + sequences <= self._share(tenant)
 
     def _share(self, tenant: Tenant[Waiter]) -> float:
-        """Seats that a tenant may have if all that are active want theirs; one at least."""
+        """Slots that a tenant may have if all that are active want theirs; one at least."""
         weights = sum(other.weight for other in self._queue.active() if other is not tenant) + tenant.weight
         return max(1.0, self.slots.concurrent * tenant.weight / weights)
 

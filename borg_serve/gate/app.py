@@ -10,7 +10,7 @@ The same class serves one machine and every replica of a cluster. The street of 
  5. gate.request        read the body, bounded in size and time; then abort at the deadline, or if the client leaves
  6. api                 parse chat, responses or messages into one chat request, with control tokens neutralised;
                         gate.cache_scope salts what follows the identity
- 7. gate.admission      wait for seats in the engine, in an order that is fair to keys
+ 7. gate.admission      wait for slots in the engine, in an order that is fair to keys
  8. identity.template   vLLM's chat handler renders our template: the identity first, then the client's conversation
  9. engine.renderer     tokenise what follows the identity
 10. engine.guard        refuse a prompt that does not begin with the identity's tokens
@@ -254,7 +254,9 @@ class Gate:
             body, size_bytes = await self._parse(request, response, key)
             demand = Demand(body.get("n") or 1, size_bytes, body.get("max_tokens") or self.limits.default_max_tokens)
             async with request.alive(self.limits.deadline_s):
-                account.granted(await self._seats(request, key, demand))
+                account.granted(grant := await self._slots(request, key, demand))
+                if key is not None:
+                    body["priority"] = grant.priority
                 try:
                     await response.forward(app, body, self.limits.stall_s)
                 except ClientGone:
@@ -269,8 +271,8 @@ class Gate:
                 metrics.INFLIGHT.dec(account.grant.sequences)
             await self.coordinator.end(key, account.grant, account.leave())
 
-    async def _seats(self, request: Request, key: Key | None, demand: Demand) -> Grant:
-        """Wait for seats in the engine. Raises Busy, or what the request was aborted with."""
+    async def _slots(self, request: Request, key: Key | None, demand: Demand) -> Grant:
+        """Wait for slots in the engine. Raises Busy, or what the request was aborted with."""
         with tracing.queue(), metrics.QUEUED.track_inprogress():
             grant = await request.unless_aborted(self.coordinator.acquire(key, demand))
         metrics.QUEUE_SECONDS.observe(time.monotonic() - request.arrived)

@@ -51,7 +51,7 @@ class Coordinator:
         return await self.quota.begin(key)
 
     async def acquire(self, key: Key | None, demand: Demand) -> Grant:
-        """Wait for seats in the engine. Raises Busy."""
+        """Wait for slots in the engine. Raises Busy."""
         if self.admission is None:
             raise RuntimeError("the engine has not been opened")
         return await self.admission.acquire(key, demand)

@@ -1,6 +1,6 @@
 """A queue that serves the tenant first who has had least of late: virtual token counters (arXiv:2401.00588).
 
-It knows tenants' names, their weights and costs in tokens. It does not know seats, requests or time.
+It knows tenants' names, their weights and costs in tokens. It does not know slots, requests or time.
 """
 
 from collections import deque

@@ -24,6 +24,7 @@ from borg_serve.engine.client import configure
 from borg_serve.engine.environment import prepare_environment
 from borg_serve.engine.prepare import Preparation
 from borg_serve.gate import remote
+from borg_serve.gate.coordinator import Coordinator
 from borg_serve.gate.readiness import Phase
 from borg_serve.serving import processes
 from borg_serve.serving.lifecycle import CLOSING_S, Shared, accounts, log_to_stderr, make_coordinator
@@ -51,7 +52,10 @@ def supervise(
     ends, channels = zip(*(socket.socketpair() for _ in range(count)), strict=True)
     setup_multiprocess_prometheus()  # type: ignore[no-untyped-call]
     stopping = _Stopping()
-    coordinating = Thread(target=lambda: asyncio.run(_coordinate(prepared.config, ends)), name="coordinator")
+    coordinator = make_coordinator(prepared.config)
+    coordinating = Thread(
+        target=lambda: asyncio.run(_coordinate(coordinator, prepared.config, ends)), name="coordinator", daemon=True
+    )
     config = configure(prepared.args, count, index=-1)
     started: list[psutil.Process] = []
     try:
@@ -74,7 +78,7 @@ def supervise(
         coordinating.start()
         engines: Any = launch.engine_manager
         started = processes.children()
-        status = _wait(prepared, manager.processes, engines.processes, shared, stopping)
+        status = _wait(prepared, manager.processes, engines.processes, shared, stopping, coordinating)
         engines.shutdown(timeout=CLOSING_S)
     except _Stop:
         status = 0
@@ -87,9 +91,8 @@ def supervise(
     return status
 
 
-async def _coordinate(config: Config, ends: Sequence[socket.socket]) -> None:
+async def _coordinate(coordinator: Coordinator, config: Config, ends: Sequence[socket.socket]) -> None:
     """Decide for the API processes at the other ends, until all of them have ended."""
-    coordinator = make_coordinator(config)
     async with accounts(config, coordinator):
         await remote.serve(coordinator, ends)
 
@@ -114,7 +117,12 @@ class _Stopping:
 
 
 def _wait(
-    prepared: Preparation, servers: list[BaseProcess], engines: list[BaseProcess], shared: Shared, stopping: _Stopping
+    prepared: Preparation,
+    servers: list[BaseProcess],
+    engines: list[BaseProcess],
+    shared: Shared,
+    stopping: _Stopping,
+    coordinating: Thread,
 ) -> int:
     """Wait until a process ends or a signal comes; end the others, and return the exit status of them all."""
     stopping.armed = True
@@ -124,7 +132,7 @@ def _wait(
         engine_lost = processes.any_ended(workers) or any(engine.sentinel in ended for engine in engines)
         if engine_lost:
             shared.lost.value = True  # the servers answer what is in flight, and end
-        elif ended:
+        elif ended or not coordinating.is_alive():  # the thread has said why
             shared.phases[0] = Phase.FAILED
         else:
             continue

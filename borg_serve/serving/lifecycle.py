@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from multiprocessing.sharedctypes import RawArray, RawValue
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from borg_serve import metrics
@@ -33,7 +34,7 @@ from borg_serve.serving import processes
 from borg_serve.serving.watchdog import watch
 from borg_serve.usage.drain import run
 from borg_serve.usage.ledger import Ledger
-from borg_serve.usage.spool import Spool, spool_folder
+from borg_serve.usage.spool import Spool, spool_folder, waiting_bytes
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -119,7 +120,7 @@ async def accounts(config: Config, coordinator: Coordinator | None) -> AsyncIter
     folder = spool_folder(config.usage)
     spool = Spool(folder, config.usage.spool_bytes)
     ledger = coordinator.ledger if coordinator is not None else None
-    tasks = [asyncio.create_task(run(spool, folder, ledger) if ledger is not None else _hand_over(spool))]
+    tasks = [asyncio.create_task(run(spool, folder, ledger) if ledger is not None else _hand_over(spool, folder))]
     if coordinator is not None:
         tasks.append(asyncio.create_task(coordinator.keep_budgets()))
     try:
@@ -130,11 +131,12 @@ async def accounts(config: Config, coordinator: Coordinator | None) -> AsyncIter
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _hand_over(spool: Spool) -> None:
+async def _hand_over(spool: Spool, folder: Path) -> None:
     try:
         while True:
             await asyncio.sleep(1)
             spool.rotate()
+            metrics.USAGE_WAITING.set(waiting_bytes(folder))
     finally:
         spool.close()
 

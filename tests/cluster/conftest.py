@@ -7,11 +7,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from borg_serve.engine import memory, report
 from loadtests.servers import clusters, local
 from loadtests.servers.local import LOOK
 from tests import workers
+from tests.cluster.users import load
 from tests.conftest import Redis
 from tests.engine.process import environment as environment_of_a_user
 from tests.engine.process import free_port
@@ -152,49 +151,11 @@ class Cluster:
         return LOOK.get(f"{self.nodes.dashboard}/api/serve/applications/", headers=headers, timeout=60).text
 
 
-@contextmanager
-def load(url: str, users: int) -> Iterator[list[str]]:
-    """Keep so many users asking, each one short stream after another; how their requests ended, as they do."""
-    ends: list[str] = []
-    stop = threading.Event()
-
-    def user(name: int) -> None:
-        turn = 0
-        while not stop.is_set():
-            turn += 1
-            messages = [{"role": "user", "content": f"I am {name}, this is {turn}"}]
-            body = {"messages": messages, "max_tokens": 12, "stream": True, "ignore_eos": True}
-            ends.append(_end(f"{url}/v1/chat/completions", body))
-
-    with ThreadPoolExecutor(users) as pool:
-        running = [pool.submit(user, name) for name in range(users)]
-        try:
-            yield ends
-        finally:
-            stop.set()
-    for each in running:
-        each.result()
-
-
 def _listened(process: psutil.Process) -> set[int]:
     with suppress(psutil.Error):
         found = [entry for entry in process.net_connections("tcp") if entry.status == psutil.CONN_LISTEN]
         return {int(str(tuple(entry.laddr)[1])) for entry in found}
     return set()
-
-
-def _end(url: str, body: dict[str, Any]) -> str:
-    """How one streamed request ends: `ok`, a status and its error code, or what broke its connection."""
-    try:
-        answer = LOOK.post(url, json=body, timeout=180)
-    except httpx.TransportError as error:
-        return type(error).__name__
-    if answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n"):
-        return "ok"
-    last = answer.text.strip().rpartition("data: ")[2]
-    with suppress(ValueError, KeyError):
-        return f"{answer.status_code} {json.loads(last)['error']['code']}"
-    return f"{answer.status_code} silent: {last[-100:]}"
 
 
 def fits(*sets: str) -> int:

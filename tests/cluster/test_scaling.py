@@ -8,7 +8,8 @@ import pytest
 
 from borg_serve.checkpoint import demo
 from loadtests.servers import clusters
-from tests.cluster.conftest import GENTLE, load
+from tests.cluster.conftest import GENTLE
+from tests.cluster.users import load
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not os.environ.get("BORG_TEST_SLOW"), reason="takes minutes: BORG_TEST_SLOW=1 runs it")

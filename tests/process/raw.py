@@ -24,7 +24,7 @@ from borg_serve.gate.coordinator import Coordinator
 from borg_serve.gate.readiness import Phase, Readiness
 from borg_serve.gate.request import Receive, Scope, Send
 from borg_serve.serving.single import SEND_BYTES, http
-from tests.asgi import ANSWER, document, seats
+from tests.asgi import ANSWER, document, slots
 
 BODY_BYTES = 64 * 1024
 BODY_S = 0.5
@@ -165,7 +165,7 @@ def serving(limits: Limits = LIMITS, opened: bool = True) -> Iterator[GateServer
     async def serve() -> None:
         loops.append(asyncio.get_running_loop())
         if opened:
-            coordinator.admission = Admission(seats(4), max_wait_s=60)
+            coordinator.admission = Admission(slots(4), max_wait_s=60)
             application.open(stub)
             readiness.set(Phase.READY)
         async with http(application, sock):

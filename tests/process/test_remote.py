@@ -15,7 +15,7 @@ from borg_serve.gate.keys import Key
 from borg_serve.gate.quota import Quota
 from borg_serve.gate.remote import RemoteCoordinator, serve
 from borg_serve.gate.telemetry import Spent
-from tests.asgi import seats
+from tests.asgi import slots
 from tests.waiting import await_room_in_the_minute
 
 ONE = Demand(1, 10, 10)
@@ -24,14 +24,14 @@ ANNA = Key("anna", requests_per_minute=100, concurrent=3)
 
 @asynccontextmanager
 async def pair(
-    slots: Slots | None = None, clients: int = 2
+    held: Slots | None = None, clients: int = 2
 ) -> AsyncIterator[tuple[Coordinator, list[RemoteCoordinator]]]:
     """A coordinator, and API processes' views of it, all in this process."""
     ends, channels = zip(*(socket.socketpair() for _ in range(clients)), strict=True)
     coordinator = Coordinator(max_wait_s=60, quota=Quota())
     serving = asyncio.create_task(serve(coordinator, ends))
     remotes = [await RemoteCoordinator.connect(channel) for channel in channels]
-    await asyncio.gather(*(remote.open(slots or seats(2)) for remote in remotes))
+    await asyncio.gather(*(remote.open(held or slots(2)) for remote in remotes))
     yield coordinator, remotes
     for remote in remotes:
         remote.close()
@@ -75,7 +75,7 @@ async def test_coordinator_counts_limits_of_keys_over_processes() -> None:
 
 
 async def test_coordinator_forgets_who_waits_no_longer() -> None:
-    async with pair(seats(1)) as (coordinator, (first, second)):
+    async with pair(slots(1)) as (coordinator, (first, second)):
         held = await first.acquire(None, ONE)
         gone = asyncio.create_task(second.acquire(None, ONE))
         await asyncio.sleep(0.05)
@@ -89,7 +89,7 @@ async def test_coordinator_forgets_who_waits_no_longer() -> None:
 
 
 async def test_coordinator_takes_back_what_came_as_its_waiter_left() -> None:
-    async with pair(seats(1)) as (coordinator, (first, second)):
+    async with pair(slots(1)) as (coordinator, (first, second)):
         for _ in range(50):
             held = await first.acquire(None, ONE)
             gone = asyncio.create_task(second.acquire(None, ONE))
@@ -106,7 +106,7 @@ async def test_coordinator_takes_back_what_came_as_its_waiter_left() -> None:
 
 
 async def test_coordinator_takes_back_what_an_ended_process_held() -> None:
-    async with pair(seats(2)) as (coordinator, (first, second)):
+    async with pair(slots(2)) as (coordinator, (first, second)):
         for _ in range(2):
             await first.acquire(None, ONE)
         waiting = [asyncio.create_task(remote.acquire(None, ONE)) for remote in (first, second)]

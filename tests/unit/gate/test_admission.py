@@ -1,4 +1,4 @@
-"""The seats of an engine: never too many, in a fair order, and nothing lost when waiters leave."""
+"""The slots of an engine: never too many, in a fair order, and nothing lost when waiters leave."""
 
 import asyncio
 
@@ -7,7 +7,7 @@ import pytest
 from borg_serve.gate.admission import OUTPUT_TOKENS, Admission, Busy, Demand, Grant
 from borg_serve.gate.keys import Key
 from borg_serve.gate.telemetry import Spent
-from tests.asgi import seats
+from tests.asgi import slots
 
 ONE = Demand(1, 10, 100)
 FLOOD, OTHER, BATCH = Key("flood"), Key("other"), Key("night", priority="batch")
@@ -32,8 +32,8 @@ async def leaving(*tasks: "asyncio.Task[Grant]") -> None:
 # --------------------------------------------------------------------------------------------------- one tenant
 
 
-async def test_admission_lets_in_up_to_its_seats_and_queues_the_rest_in_order() -> None:
-    admission = Admission(seats(2), 60)
+async def test_admission_lets_in_up_to_its_slots_and_queues_the_rest_in_order() -> None:
+    admission = Admission(slots(2), 60)
     order: list[int] = []
 
     async def request(number: int) -> Grant:
@@ -52,7 +52,7 @@ async def test_admission_lets_in_up_to_its_seats_and_queues_the_rest_in_order() 
 
 
 async def test_admission_keeps_a_wide_request_at_the_head() -> None:
-    admission = Admission(seats(3), 60)
+    admission = Admission(slots(3), 60)
     first = await admission.acquire(None, Demand(2, 1, 1))
     wide, narrow = asking(admission, demand=Demand(3, 1, 1)), asking(admission)
     await settle()
@@ -66,7 +66,7 @@ async def test_admission_keeps_a_wide_request_at_the_head() -> None:
 
 
 async def test_admission_counts_a_request_wider_than_all_seats_as_all() -> None:
-    admission = Admission(seats(2), 60)
+    admission = Admission(slots(2), 60)
     grant = await admission.acquire(None, Demand(4, 1, 1))
     assert admission.running == 2
     admission.release(grant, OVER)
@@ -74,7 +74,7 @@ async def test_admission_counts_a_request_wider_than_all_seats_as_all() -> None:
 
 
 async def test_admission_without_a_wait_refuses_at_once() -> None:
-    admission = Admission(seats(1), 0)
+    admission = Admission(slots(1), 0)
     admission.refuse_if_late(None)
     await admission.acquire(None, ONE)
     with pytest.raises(Busy) as caught:
@@ -85,7 +85,7 @@ async def test_admission_without_a_wait_refuses_at_once() -> None:
 
 
 async def test_admission_lets_narrower_ones_in_when_a_wide_head_leaves() -> None:
-    admission = Admission(seats(2), 60)
+    admission = Admission(slots(2), 60)
     await admission.acquire(None, ONE)
     wide, narrow = asking(admission, demand=Demand(2, 1, 1)), asking(admission)
     await settle()
@@ -94,12 +94,12 @@ async def test_admission_lets_narrower_ones_in_when_a_wide_head_leaves() -> None
     assert narrow.done()
 
 
-async def test_admission_gives_back_seats_that_came_as_their_waiter_left() -> None:
-    admission = Admission(seats(1), 60)
+async def test_admission_gives_back_slots_that_came_as_their_waiter_left() -> None:
+    admission = Admission(slots(1), 60)
     held = await admission.acquire(None, ONE)
     gone, staying = asking(admission), asking(admission)
     await settle()
-    admission.release(held, OVER)  # the seat is given to `gone`, which has not run yet …
+    admission.release(held, OVER)  # the slot is given to `gone`, which has not run yet …
     gone.cancel()  # … and leaves in the same instant
     await settle()
     assert gone.cancelled()
@@ -111,7 +111,7 @@ async def test_admission_gives_back_seats_that_came_as_their_waiter_left() -> No
 
 
 async def test_admission_refuses_by_the_wait_that_a_queue_means() -> None:
-    admission = Admission(seats(4), max_wait_s=10)
+    admission = Admission(slots(4), max_wait_s=10)
     for _ in range(20):
         admission.release(await admission.acquire(None, ONE), Spent(8, 0, 0, 100, engine_s=20.0))
     held = [await admission.acquire(None, ONE) for _ in range(4)]
@@ -133,7 +133,7 @@ async def test_admission_refuses_by_the_wait_that_a_queue_means() -> None:
 
 @pytest.mark.parametrize("sizes", [(60, 41), (101,)])
 async def test_admission_refuses_more_bytes_than_may_wait_but_not_than_may_run(sizes: tuple[int, ...]) -> None:
-    admission = Admission(seats(1, queued_bytes=100), 60)
+    admission = Admission(slots(1, queued_bytes=100), 60)
     held = await admission.acquire(None, Demand(1, 10_000, 1))
     *fitting, too_big = sizes
     tasks = [asking(admission, demand=Demand(1, size, 1)) for size in fitting]
@@ -147,7 +147,7 @@ async def test_admission_refuses_more_bytes_than_may_wait_but_not_than_may_run(s
 
 
 async def test_admission_leaves_every_tenant_its_part_of_the_bytes() -> None:
-    admission = Admission(seats(1, queued_bytes=1000), 10**6)
+    admission = Admission(slots(1, queued_bytes=1000), 10**6)
     await admission.acquire(FLOOD, ONE)
     tasks = [asking(admission, FLOOD, Demand(1, 100, 1)) for _ in range(10)]
     await settle()
@@ -166,7 +166,7 @@ async def test_admission_leaves_every_tenant_its_part_of_the_bytes() -> None:
 
 
 async def test_admission_holds_what_requests_need_in_the_cache() -> None:
-    admission = Admission(seats(100, kv_tokens=4096), 60)
+    admission = Admission(slots(100, kv_tokens=4096), 60)
     short = Demand(1, 100, 50)  # 30 tokens of text and 50 of the answer: 2 + 5 blocks of 16
     held = [await admission.acquire(None, short) for _ in range(4096 // (7 * 16))]
     late = asking(admission, demand=short)
@@ -177,7 +177,7 @@ async def test_admission_holds_what_requests_need_in_the_cache() -> None:
 
 
 async def test_admission_takes_a_request_that_fills_the_cache_when_it_is_alone() -> None:
-    admission = Admission(seats(4, kv_tokens=256), 60)
+    admission = Admission(slots(4, kv_tokens=256), 60)
     small = await admission.acquire(None, Demand(1, 16, 16))
     huge = asking(admission, demand=Demand(1, 100_000, 8192))
     await settle()
@@ -188,7 +188,7 @@ async def test_admission_takes_a_request_that_fills_the_cache_when_it_is_alone()
 
 
 async def test_admission_learns_how_long_answers_and_prompts_are() -> None:
-    admission = Admission(seats(100, kv_tokens=100_000), 60)
+    admission = Admission(slots(100, kv_tokens=100_000), 60)
     unknown = Demand(1, 1000, 4096)
     before = (await admission.acquire(None, unknown)).kv_tokens
     assert before > OUTPUT_TOKENS

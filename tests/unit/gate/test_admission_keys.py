@@ -1,4 +1,4 @@
-"""Seats among keys: whose turn it is, who is refused, and what holds on any schedule."""
+"""Slots among keys: whose turn it is, who is refused, and what holds on any schedule."""
 
 import asyncio
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from borg_serve.gate.admission import Admission, Busy, Demand, Grant
 from borg_serve.gate.keys import Key
 from borg_serve.gate.telemetry import Spent
-from tests.asgi import seats
+from tests.asgi import slots
 
 ONE = Demand(1, 10, 100)
 FLOOD, OTHER, BATCH = Key("flood"), Key("other"), Key("night", priority="batch")
@@ -33,7 +33,7 @@ async def leaving(*tasks: "asyncio.Task[Grant]") -> None:
 
 
 async def test_admission_serves_first_who_has_had_least() -> None:
-    admission = Admission(seats(2), 10**6)
+    admission = Admission(slots(2), 10**6)
     held = [await admission.acquire(FLOOD, ONE) for _ in range(2)]
     flood = [asking(admission, FLOOD) for _ in range(30)]
     await settle()
@@ -47,7 +47,7 @@ async def test_admission_serves_first_who_has_had_least() -> None:
 
 
 async def test_admission_refuses_who_floods_and_nobody_else() -> None:
-    admission = Admission(seats(2), max_wait_s=5)
+    admission = Admission(slots(2), max_wait_s=5)
     for _ in range(10):
         admission.release(await admission.acquire(FLOOD, ONE), Spent(4, 0, 0, 100, engine_s=2.0))
     for _ in range(2):
@@ -62,14 +62,14 @@ async def test_admission_refuses_who_floods_and_nobody_else() -> None:
         admission.refuse_if_late(FLOOD)
     other = asking(admission, OTHER)
     await settle()
-    assert not other.done(), "it waits for the next seat"
+    assert not other.done(), "it waits for the next slot"
     await leaving(other, *flood)
 
 
-async def test_admission_reserves_seats_for_keys_that_have_less_than_their_share() -> None:
-    admission = Admission(seats(4, reserved=2), 60)
-    for _ in range(4):
-        await admission.acquire(FLOOD, ONE)
+async def test_admission_reserves_slots_for_keys_that_have_less_than_their_share() -> None:
+    admission = Admission(slots(4, reserved=2), 60)
+    held = [await admission.acquire(FLOOD, ONE) for _ in range(4)]
+    assert {grant.priority for grant in held} == {0}, "alone it has no more than its share"
     flood = asking(admission, FLOOD)
     night = asking(admission, BATCH)
     await settle()
@@ -79,21 +79,25 @@ async def test_admission_reserves_seats_for_keys_that_have_less_than_their_share
     first = await admission.acquire(heavy, ONE)
     second = await admission.acquire(heavy, ONE)
     assert first.reserved
+    assert (first.priority, second.priority) == (0, 0)
     third = asking(admission, heavy)
     await settle()
     assert not third.done()
     assert admission.running == 6
     admission.release(first, OVER)
     await settle()
-    assert third.done(), "two of four seats are less than two thirds of them"
+    assert third.done(), "two of four slots are less than two thirds of them"
     assert admission.running == 6
     admission.release(second, OVER)
-    await leaving(flood, night)
-    assert admission.running == 5
+    for grant in held:
+        admission.release(grant, OVER)
+    await settle()
+    assert night.result().priority == 2
+    assert flood.result().priority == 1, "others were running yet"
 
 
 async def test_admission_gives_a_batch_a_little_and_never_nothing() -> None:
-    admission = Admission(seats(1), 10**9)
+    admission = Admission(slots(1), 10**9)
     grant = await admission.acquire(None, ONE)
     served: list[str] = []
 
@@ -144,7 +148,7 @@ async def schedule(
     concurrent: int, reserved: int, max_wait_s: float, operations: list[tuple[str, int, int, int]]
 ) -> None:
     keys = [FLOOD, OTHER, BATCH, Key("heavy", weight=3.0)]
-    admission = Admission(seats(concurrent, reserved, kv_tokens=800, queued_bytes=120), max_wait_s)
+    admission = Admission(slots(concurrent, reserved, kv_tokens=800, queued_bytes=120), max_wait_s)
     waiting: list[Arrival] = []
     running: list[Grant] = []
 
@@ -165,7 +169,7 @@ async def schedule(
         assert admission.running == sum(grant.sequences for grant in running)
         assert admission.waiting == len(waiting)
         assert admission._waiting_bytes == sum(arrival.demand.size_bytes for arrival in waiting)
-        assert running or not waiting, "with free seats nobody waits"
+        assert running or not waiting, "with free slots nobody waits"
 
     def finish(index: int) -> None:
         if index < len(running):
@@ -199,7 +203,7 @@ async def schedule(
 
 async def test_admission_always_takes_a_key_that_has_less_than_its_share() -> None:
     """Every answer takes long, so that any wait would be too long; each of ten keys gets in all the same."""
-    admission = Admission(seats(4), max_wait_s=1)
+    admission = Admission(slots(4), max_wait_s=1)
     for _ in range(10):
         admission.release(await admission.acquire(FLOOD, ONE), Spent(4, 0, 0, 100, engine_s=60.0))
     for _ in range(4):

@@ -86,7 +86,7 @@ WEIGHTS = st.lists(st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0]), min_size=2, max_
 
 @settings(deadline=None, max_examples=30)
 @given(WEIGHTS, st.integers(1, 8), st.integers(0, 2**32))
-def test_queue_gives_tokens_by_weight_whatever_the_requests_cost(weights: list[float], seats: int, seed: int) -> None:
+def test_queue_gives_tokens_by_weight_whatever_the_requests_cost(weights: list[float], slots: int, seed: int) -> None:
     """A simulated engine: every tenant always has more waiting, and its estimates are wrong."""
     queue: FairQueue[str] = FairQueue()
     rng = random.Random(seed)
@@ -96,9 +96,9 @@ def test_queue_gives_tokens_by_weight_whatever_the_requests_cost(weights: list[f
     mean = {name: rng.choice([20, 100, 400]) for name in names}
     for step in range(3000):
         for name, weight in zip(names, weights, strict=True):
-            while len(queue.tenant(name, weight).waiting) <= seats:
+            while len(queue.tenant(name, weight).waiting) <= slots:
                 put(queue, name, 100, weight)
-        while len(running) < seats:
+        while len(running) < slots:
             name = serve(queue)
             tokens = rng.uniform(0.5, 1.5) * mean[name]
             heapq.heappush(running, (now + tokens, step, name, tokens))
@@ -116,7 +116,7 @@ ARRIVALS = st.lists(st.tuples(st.integers(0, 4), st.floats(10, 500)), max_size=8
 @settings(deadline=None)
 @given(ARRIVALS, st.integers(1, 3), st.floats(0.5, 8))
 def test_queue_starves_nobody_under_any_order_of_arrivals(
-    arrivals: list[tuple[int, float]], seats: int, weight: float
+    arrivals: list[tuple[int, float]], slots: int, weight: float
 ) -> None:
     """One request waits, and four tenants bring whatever they like, as fast as they are served."""
     queue: FairQueue[str] = FairQueue()
@@ -133,7 +133,7 @@ def test_queue_starves_nobody_under_any_order_of_arrivals(
                 number, cost = coming.popleft()
                 put(queue, f"other {number}", cost)
                 coming.append((number, cost))
-        if len(running) == seats:
+        if len(running) == slots:
             queue.end(running.popleft(), 1, 0)
         if (name := serve(queue)) == "patient":
             break

@@ -18,7 +18,7 @@ from borg_serve.gate.keys import KeyRing, new_key
 from borg_serve.gate.quota import Quota
 from borg_serve.gate.readiness import Phase, Readiness
 from borg_serve.gate.request import App, Message, Receive, Scope, Send
-from tests.asgi import seats
+from tests.asgi import slots
 from tests.protocols import document, event, events, stream
 
 CHAT, RESPONSES, MESSAGES = PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
@@ -64,7 +64,7 @@ def gate(app: App, keys: KeyRing | None = None) -> Gate:
     readiness = Readiness()
     quota = Quota() if keys is not None else None
     coordinator = Coordinator(60, quota)
-    coordinator.admission = Admission(seats(4, queued_bytes=10_000), 60)
+    coordinator.admission = Admission(slots(4, queued_bytes=10_000), 60)
     opened = Gate(limits, Bounds(), {"identity": {"tokens": 2304}}, readiness, str, coordinator, keys)
     opened.open(app)
     readiness.set(Phase.READY)
