@@ -126,6 +126,10 @@ EXERCISED: dict[str, Run | Covered] = {
     "ray get-auth-token --generate": Covered(RAY, why=NODES),
     "ray start --head --metrics-export-port=8080": Covered(RAY, why=NODES),
     "ray start --address=HEAD:6379 --metrics-export-port=8080": Covered(RAY, why=NODES),
+    # docs/tenants.md
+    "borg-serve usage --since 2026-11-01 --by key,day": Covered(
+        "test_usage_prints_an_aligned_table", why="needs a profile with a ledger"
+    ),
     # docs/load.md
     "make calibrate": Covered(MODULES, why=LONG),
     "make load PROFILE=steady RATE=0.25 SLO=loadtests/slo/demo-cpu.yaml": Covered(

@@ -7,7 +7,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -48,18 +48,20 @@ class Loop:
         }
 
 
-async def closed_loop(url: str, users: int, requests: Iterable[Mapping[str, Any]], timeout_s: float = 600) -> Loop:
-    """`users` users share these requests, each on a connection of its own.
+async def closed_loop(
+    url: str, users: int, requests: Iterable[Mapping[str, Any]], timeout_s: float = 600, keys: Sequence[str] = ("none",)
+) -> Loop:
+    """`users` users share these requests, each on a connection of its own, and take these API keys in turn.
 
     A request ends well with exactly its `max_tokens` output tokens.
     """
     left, loop = iter(requests), Loop()
 
-    async def user() -> None:
+    async def user(key: str) -> None:
         for request in left:
             try:
                 async with asyncio.timeout(timeout_s):
-                    first, last, tokens = await _one(url, request)
+                    first, last, tokens = await _one(url, request, key)
                 if tokens != request["max_tokens"]:
                     raise RuntimeError(f"{tokens} tokens")
             except (OSError, RuntimeError, ValueError, LookupError) as error:
@@ -70,16 +72,16 @@ async def closed_loop(url: str, users: int, requests: Iterable[Mapping[str, Any]
             loop.tokens += tokens
 
     begin = time.perf_counter()
-    await asyncio.gather(*(user() for _ in range(users)))
+    await asyncio.gather(*(user(keys[number % len(keys)]) for number in range(users)))
     loop.elapsed_s = time.perf_counter() - begin
     return loop
 
 
-async def _one(url: str, request: Mapping[str, Any]) -> tuple[float, float, int]:
+async def _one(url: str, request: Mapping[str, Any], key: str) -> tuple[float, float, int]:
     """One request: (seconds to the first event with content, to the last, output tokens)."""
     address, raw = urlsplit(url), json.dumps(request).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.hostname}\r\nContent-Type: application/json\r\n"
-    head += f"Connection: close\r\nContent-Length: {len(raw)}\r\n\r\n"
+    head += f"Authorization: Bearer {key}\r\nConnection: close\r\nContent-Length: {len(raw)}\r\n\r\n"
     begin = time.perf_counter()
     reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=1 << 20)
     first = last = 0.0

@@ -237,6 +237,23 @@ def tester() -> Iterator[None]:
     del LOOK.headers["authorization"]
 
 
+def tenancy(folder: Path, redis: Redis, request: pytest.FixtureRequest) -> dict[str, object]:
+    """Return the settings of KEYS, their quotas in Redis and their ledger."""
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in KEYS}
+    entries = [{"name": name, "sha256": digests[name], **more} for name, more in KEYS.items()]
+    (folder / "keys.yaml").write_text(yaml.safe_dump(entries))
+    try:
+        ledger = request.getfixturevalue("database").url
+    except pytest.skip.Exception:  # without PostgreSQL, a file that the replicas of this machine share
+        ledger = f"sqlite:///{folder}/usage.db"
+    return {
+        "server.keys": str(folder / "keys.yaml"),
+        "cluster.quota_url": f"redis://{redis.address}",
+        "usage.url": ledger,
+        "usage.spool": str(folder / "spool"),
+    }
+
+
 @pytest.fixture(scope="session")
 def shared_cluster(
     checkpoint: Path,
@@ -248,19 +265,7 @@ def shared_cluster(
     """The demo's cluster, ready, one replica a node; at the end no process of it may be left behind."""
     folder = tmp_path_factory.mktemp("cluster")
     port = free_port()
-    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in KEYS}
-    entries = [{"name": name, "sha256": digests[name], **more} for name, more in KEYS.items()]
-    (folder / "keys.yaml").write_text(yaml.safe_dump(entries))
-    try:
-        ledger = request.getfixturevalue("database").url
-    except pytest.skip.Exception:  # without PostgreSQL, a file that the replicas of this machine share
-        ledger = f"sqlite:///{folder}/usage.db"
-    settings: dict[str, object] = {
-        "server.keys": str(folder / "keys.yaml"),
-        "cluster.quota_url": f"redis://{redis.address}",
-        "usage.url": ledger,
-        "usage.spool": str(folder / "spool"),
-    }
+    settings = tenancy(folder, redis, request)
     (folder / "deploy.yaml").write_text(yaml.safe_dump(configuration(checkpoint, port, **settings)))
     environment = {
         **environment_of_a_user(),

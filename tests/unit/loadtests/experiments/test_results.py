@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 
-from loadtests.experiments import api_process, calibrate, compare, conversations, guesses, overhead, overload, soak
+from loadtests.experiments import (
+    api_process,
+    calibrate,
+    compare,
+    conversations,
+    fairness,
+    guesses,
+    overhead,
+    overload,
+    soak,
+    tenants,
+)
 
 RESULTS = Path(__file__).parents[4] / "docs" / "results"
 
@@ -19,11 +30,13 @@ RESULTS = Path(__file__).parents[4] / "docs" / "results"
         ("api-process-ray", api_process.text),
         ("calibration", calibrate.text),
         ("compare-cpu", compare.text),
+        ("fairness", fairness.text),
         ("guesses", guesses.text),
         ("overhead", overhead.text),
         ("overload", overload.text),
         ("routing", conversations.text),
         ("soak", soak.text),
+        ("tenants-h200", tenants.text),
     ],
 )
 def test_report_is_what_its_measurements_make(name: str, text: Callable[[dict[str, Any]], str]) -> None:
