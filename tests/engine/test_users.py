@@ -78,32 +78,3 @@ async def test_users_at_once_each_get_their_own_answer(server: Server) -> None:
         assert request_id == f"chatcmpl-user-{user}"
     metrics = server.metrics()
     assert metrics["borg_inflight"] == metrics["borg_queued"] == 0
-
-
-async def test_users_past_the_slots_and_the_queue_are_told_when_to_return(server: Server) -> None:
-    # 16 slots and a queue of 2: of 40 at once some must be refused, at once, and all others answered.
-    async with openai.AsyncOpenAI(
-        base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=180
-    ) as client:
-
-        async def ask(user: int) -> ChatCompletion | openai.APIStatusError:
-            try:
-                return await client.chat.completions.create(
-                    model=MODEL,
-                    messages=[{"role": "user", "content": f"User {user}"}],
-                    max_tokens=12,
-                    extra_body={"ignore_eos": True},
-                )
-            except openai.APIStatusError as error:
-                return error
-
-        answers = await asyncio.gather(*(ask(user) for user in range(40)))
-    refusals = [answer for answer in answers if isinstance(answer, openai.APIStatusError)]
-    assert 1 <= len(refusals) <= 22
-    for refusal in refusals:
-        assert (refusal.status_code, refusal.code) == (503, "busy")
-        assert 1 <= int(refusal.response.headers["retry-after"]) <= 60
-    for answer in answers:
-        if isinstance(answer, ChatCompletion):
-            assert answer.usage is not None
-            assert answer.usage.completion_tokens == 12
