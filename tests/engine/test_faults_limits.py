@@ -44,7 +44,7 @@ def hurried(divisible: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         f"--set=server.keys={folder / 'keys.yaml'}",
         f"--set=limits.deadline_s={DEADLINE_S:g}",
         "--set=limits.concurrent=2",
-        "--set=limits.queued_bytes=300",  # two of LONG
+        "--set=limits.queued_bytes=250",  # two of LONG
         "--set=limits.max_wait_s=1000",
         "--set=engine.tensor_parallel_size=2",
         "--set=engine.stream_interval=4",
