@@ -127,7 +127,7 @@ class Limits(Section):
     concurrent: PositiveInt | Auto = Field("auto", examples=["auto"])
     """Sequences in the engine at once, over all API processes, if the KV cache holds what they need. `auto`:
     `max_num_seqs`."""
-    max_wait_s: Annotated[float, Field(ge=0)] = Field(5, examples=[5])
+    max_wait_s: Annotated[float, Field(ge=0)] = Field(1, examples=[1])
     """Seconds that a request may be expected to wait for the engine; it is refused at once where it would wait longer.
     A key that has less than its share of the engine waits less."""
     queued_bytes: PositiveInt | Auto = Field("auto", examples=["auto"])

@@ -43,6 +43,7 @@ FLOOD_TOKENS, OTHER_TOKENS, TWENTY_TOKENS = 32, 8, (8, 16, 32, 64)
 """Of each answer. OTHER's are short, so that it asks for less than its half of two cores."""
 WORDS = 20  # of each prompt
 RUN_IN_S = 20.0  # before a phase counts: longer than an answer, since all of the first ones begin and end together
+MAX_WAIT_S = 5  # of a request, expected: two cores are slow
 BOUNDS = {"ttft_ratio": 1.5, "lost_for_one": 1.0, "jain": 0.98}
 
 
@@ -239,6 +240,7 @@ def text(document: Mapping[str, Any]) -> str:
         "fairness.md.j2",
         {**document, "judged": judged(document), "lines": lines(document), "lengths": lengths(document)},
         connections=FLOOD_CONNECTIONS,
+        max_wait_s=MAX_WAIT_S,
         each=TWENTY_CONNECTIONS,
         words=WORDS,
         run_in_s=RUN_IN_S,
@@ -278,7 +280,8 @@ def main() -> None:
     note(f"logs: {folder}")
     keys = [{"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest()} for name in (FLOOD, OTHER, *TWENTY)]
     (folder / "keys.yaml").write_text(yaml.safe_dump([{**keys[0], "metrics": True}, *keys[1:]]))
-    sets, server, name = [f"server.keys={folder / 'keys.yaml'}"], "ours", given.name
+    sets = [f"server.keys={folder / 'keys.yaml'}", f"limits.max_wait_s={MAX_WAIT_S}"]
+    server, name = "ours", given.name
     with ExitStack() as stack:
         if given.replicas is not None:
             server, name = "ray-ours", "fairness-ray" if name == "fairness" else name
