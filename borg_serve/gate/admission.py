@@ -151,9 +151,8 @@ class Admission:
 
         A key that has less than its share of the slots is not refused for its wait.
         """
-        wait_s = self._wait_s(key)
-        if wait_s > self.max_wait_s or self._overflows(_name(key), size_bytes):
-            raise Busy(min(60, max(1, math.ceil(wait_s))))
+        if (late := self._late(key, size_bytes)) is not None:
+            raise late
 
     async def acquire(self, key: Key | None, demand: Demand) -> Grant:
         """Take slots, waiting for them if need be. Raises Busy if that would take too long.
@@ -163,11 +162,7 @@ class Admission:
         name = _name(key)
         sequences = min(demand.sequences, self.slots.concurrent)
         cost, kv_tokens = self._estimate(demand, sequences)
-        late: Busy | None = None
-        try:
-            self.refuse_if_late(key, demand.size_bytes)
-        except Busy as error:
-            late = error
+        late = self._late(key, demand.size_bytes)
         waiter = Waiter(demand, sequences, kv_tokens)
         self._tenant(key).waiting.append((waiter, sequences, cost))
         self._waiting_bytes += demand.size_bytes
@@ -208,6 +203,12 @@ class Admission:
         block = self.slots.block_tokens
         blocks = math.ceil(prompt / block) + sequences * math.ceil(output / block + 1)
         return max(1.0, prompt + sequences * output), blocks * block
+
+    def _late(self, key: Key | None, size_bytes: int) -> Busy | None:
+        """The refusal of a request that could neither run soon nor wait."""
+        wait_s = self._wait_s(key)
+        late = wait_s > self.max_wait_s or self._overflows(_name(key), size_bytes)
+        return Busy(min(60, max(1, math.ceil(wait_s)))) if late else None
 
     def _wait_s(self, key: Key | None) -> float:
         """Seconds that a new request of this key likely waits; 0 if it would not."""

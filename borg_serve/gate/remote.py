@@ -120,7 +120,7 @@ class _Server:
             if method == "leave":
                 await self._leave(number)
             else:
-                task = self._calls[number] = asyncio.create_task(self._call(number, METHODS[method], arguments))
+                task = self._calls[number] = asyncio.create_task(self._call(number, method, arguments))
                 task.add_done_callback(lambda _, number=number: self._calls.pop(number, None))  # type: ignore[misc]
         for number in [*self._calls, *self._granted]:
             await self._leave(number)
@@ -131,9 +131,9 @@ class _Server:
         elif call := self._calls.get(number):
             call.cancel()
 
-    async def _call(self, number: int, types: Sequence[Any], arguments: Sequence[Any]) -> None:
-        method, *kinds = types
-        values = [value if value is None else kind(value) for kind, value in zip(kinds, arguments, strict=True)]
+    async def _call(self, number: int, method: str, arguments: Sequence[Any]) -> None:
+        given = zip(METHODS[method], arguments, strict=True)
+        values = [value if value is None else kind(value) for kind, value in given]
         try:
             if method == "end" and values[1] is not None:
                 self._granted.pop(values[1].number, None)
@@ -161,11 +161,11 @@ def _same(value: Any) -> Any:
     return value
 
 
-METHODS: Mapping[str, Sequence[Any]] = {
-    "open": ("open", _of(Slots)),
-    "begin": ("begin", _of(Key), _same),
-    "acquire": ("acquire", _of(Key), _of(Demand)),
-    "end": ("end", _of(Key), _of(Grant), _of(Spent)),
-    "usage": ("usage", _same, _same, _same, _same),
+METHODS: Mapping[str, Sequence[Callable[[Any], Any]]] = {
+    "open": (_of(Slots),),
+    "begin": (_of(Key), _same),
+    "acquire": (_of(Key), _of(Demand)),
+    "end": (_of(Key), _of(Grant), _of(Spent)),
+    "usage": (_same, _same, _same, _same),
 }
 """What may be called, and how its arguments are read."""

@@ -5,12 +5,13 @@ It does not know what is measured.
 
 import argparse
 import asyncio
+import hashlib
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -93,6 +94,11 @@ def block(server: Server, users: int, bodies: Sequence[Mapping[str, Any]]) -> di
 def medians(blocks: Sequence[Mapping[str, Any]], *keys: str) -> dict[str, float]:
     """The median of each of these figures."""
     return {key: median(block[key] for block in blocks) for key in keys}
+
+
+def entries(names: Iterable[str]) -> list[dict[str, Any]]:
+    """Entries of a key file; each key is its own name."""
+    return [{"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest()} for name in names]
 
 
 def note(text: object) -> None:

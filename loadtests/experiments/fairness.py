@@ -7,7 +7,6 @@ the figures are in the report. `--replicas 2` does the same on a Ray cluster of 
 
 import argparse
 import asyncio
-import hashlib
 import math
 import os
 import random
@@ -26,7 +25,7 @@ import httpx
 import yaml
 
 from borg_serve.config import load
-from loadtests.experiments.experiment import command, note, parser, rotation, surroundings
+from loadtests.experiments.experiment import command, entries, note, parser, rotation, surroundings
 from loadtests.experiments.stream import Timing, client, stream
 from loadtests.generator.workload import body
 from loadtests.report.bootstrap import quantile, ratio
@@ -278,7 +277,7 @@ def main() -> None:
     given = options.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="borg-fairness-"))
     note(f"logs: {folder}")
-    keys = [{"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest()} for name in (FLOOD, OTHER, *TWENTY)]
+    keys = entries((FLOOD, OTHER, *TWENTY))
     (folder / "keys.yaml").write_text(yaml.safe_dump([{**keys[0], "metrics": True}, *keys[1:]]))
     sets = [f"server.keys={folder / 'keys.yaml'}", f"limits.max_wait_s={MAX_WAIT_S}"]
     server, name = "ours", given.name

@@ -5,7 +5,6 @@ time of each answer is taken, one token long. With `cache_scope: key` nothing ma
 must. Five minutes on two cores.
 """
 
-import hashlib
 import random
 import tempfile
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import httpx
 import yaml
 
-from loadtests.experiments.experiment import command, note, parser, rotation, surroundings
+from loadtests.experiments.experiment import command, entries, note, parser, rotation, surroundings
 from loadtests.generator.workload import WORDS
 from loadtests.report.bootstrap import ratio
 from loadtests.report.tables import render, write
@@ -70,9 +69,7 @@ def main() -> None:
     arguments = options.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="borg-guesses-"))
     note(f"logs: {folder}")
-    names = (STRANGER, GUESSER)
-    keys = [{"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest()} for name in names]
-    (folder / "keys.yaml").write_text(yaml.safe_dump(keys))
+    (folder / "keys.yaml").write_text(yaml.safe_dump(entries((STRANGER, GUESSER))))
     starts: dict[str, Start] = {}
     for scope in SCOPES:
         (folder / scope).mkdir()

@@ -6,7 +6,6 @@ refused.
 """
 
 import asyncio
-import hashlib
 import random
 import tempfile
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from loadtests.experiments.experiment import command, note, parser, rotation, surroundings
+from loadtests.experiments.experiment import command, entries, note, parser, rotation, surroundings
 from loadtests.generator.closed_loop import closed_loop
 from loadtests.generator.workload import body
 from loadtests.report.bootstrap import ratio
@@ -68,8 +67,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="borg-tenants-"))
     note(f"logs: {folder}")
     limits = {"tokens_per_day": 10**12, "tokens_per_minute": 10**9}
-    entries = [{"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest(), "limits": limits} for name in KEYS]
-    (folder / "keys.yaml").write_text(yaml.safe_dump(entries))
+    keys = [{**entry, "limits": limits} for entry in entries(KEYS)]
+    (folder / "keys.yaml").write_text(yaml.safe_dump(keys))
     keyed = (f"server.keys={folder / 'keys.yaml'}", f"usage.url=sqlite:///{folder}/usage.db", f"usage.spool={folder}")
     starts = {}
     settings = {OPEN: (), KEYED: keyed}
