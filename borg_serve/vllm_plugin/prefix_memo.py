@@ -57,6 +57,8 @@ def remember_hashes(hasher: Hasher, block_size: int, prefix_tokens: int = 0) -> 
 
     def hash_blocks(request: Any) -> list[bytes]:
         before = request.block_hashes
+        if (len(before) + 1) * block_size > request.num_tokens:
+            return []  # asked for every token, while a block becomes full once in a while
         if not _depends_on_tokens_alone(request):
             return hasher(request)
         if request.cache_salt is not None:

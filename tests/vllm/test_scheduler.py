@@ -58,14 +58,14 @@ def configuration(model: Path, **more: Any) -> VllmConfig:
     ).create_engine_config()
 
 
-def scheduler(config: VllmConfig, spec: type[Any] = FullAttentionSpec, **more: Any) -> Any:
+def scheduler(config: VllmConfig, spec: type[Any] = FullAttentionSpec, blocks: int = 200, **more: Any) -> Any:
     """As `EngineCore.__init__` does it."""
     sizes = {"block_size": BLOCK, "num_kv_heads": 4, "head_size": 16, "dtype": torch.bfloat16}
     groups = [KVCacheGroupSpec(["layer"], spec(**sizes, **more))]
-    config.cache_config.num_gpu_blocks = 200
+    config.cache_config.num_gpu_blocks = blocks
     return config.scheduler_config.get_scheduler_cls()(
         vllm_config=config,
-        kv_cache_config=KVCacheConfig(200, kv_cache_tensors=[], kv_cache_groups=groups),
+        kv_cache_config=KVCacheConfig(blocks, kv_cache_tensors=[], kv_cache_groups=groups),
         structured_output_manager=StructuredOutputManager(config),
         include_finished_set=False,
         log_stats=False,
