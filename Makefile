@@ -16,7 +16,7 @@ HINT := "make setup: .venv is not complete, the next make starts it again. If to
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system serve chat cluster-demo test test-gpu test-unit check fix bench-overhead overload soak calibrate load compare compare-runs tails tenants guesses fairness crosscheck fuzz canary lock clean
+.PHONY: help setup system serve chat cluster-demo test test-gpu test-unit check fix bench-overhead overload soak calibrate load compare compare-runs tails peers tenants guesses fairness crosscheck fuzz canary lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -96,6 +96,9 @@ compare-runs: setup ## two load reports beside each other: make compare-runs A=b
 
 tails: setup ## ours beside vLLM's server for identities that end elsewhere in a KV block, into docs/results/tails-cpu.md
 	$(BIN)/python -m loadtests.experiments.tails $(ARGS)
+
+peers: setup ## on a GPU: ours beside vLLM with its Rust front end: make peers ARGS="--set model.path=DIRECTORY --peer-site DIRECTORY", into docs/results/peers.md and .json
+	$(BIN)/python -m loadtests.experiments.peers $(ARGS)
 
 tenants: setup ## what keys, private KV blocks, fair share and the ledger cost, into docs/results/tenants.md and .json
 	$(BIN)/python -m loadtests.experiments.tenants $(ARGS)

@@ -6,6 +6,7 @@ started, all but one are paused, in the order A B C C B A. Definitions of the fi
 """
 
 import json
+import secrets
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from borg_serve.checkpoint.manifest import MANIFEST_FILE
 from borg_serve.config import load
 from borg_serve.engine.environment import prepare_environment
 from loadtests.experiments.experiment import command, medians, note, parser, rotation, surroundings
-from loadtests.gpu.throughput import measure
+from loadtests.gpu.throughput import Load, measure
 from loadtests.report.bootstrap import ratio
 from loadtests.report.tables import render, write
 from loadtests.servers.contenders import Start, contenders
@@ -74,7 +75,7 @@ def sides(
 def block(server: Server, users: int, requests: int, tokens: int) -> dict[str, float]:
     """Measure `requests` requests a user. Raises RuntimeError when one fails."""
     before = server.cpu_s()["gate"]
-    found = measure(server.url, users, users * requests, 1, tokens, None)
+    found = measure(server.url, Load(users, requests=requests, tokens=tokens), 1, None, secrets.token_hex(4))
     if found["failed"]:
         raise RuntimeError(f"{found['failed']} of {users * requests} requests failed: {found['why']}")
     return found | {"server_us_a_token": (server.cpu_s()["gate"] - before) * 1e6 / (users * requests * tokens)}

@@ -105,9 +105,29 @@ def test_throughput_counts_what_was_answered(tmp_path: Path) -> None:
     port = local.free_port()
     words = [sys.executable, "-m", "loadtests.generator.known", "--port", str(port), "--ttft-ms", "20", "--gap-ms", "1"]
     with local.running("known", words, port, "/", tmp_path / "log", 60) as known:
-        found = throughput.measure(known.url, 1, 3, 8, 5, None)
+        found = throughput.measure(known.url, throughput.Load(1, requests=3, tokens=5), 8, None, "seed")
     assert (found["users"], found["requests"], found["failed"]) == (1, 3, 0)
     assert min(found["ttft_p50_ms"], found["tpot_p50_ms"], found["output_tokens_per_s"]) > 0
+
+
+async def test_throughput_asks_something_new_each_time(tmp_path: Path) -> None:
+    """A prompt of a measurement before would be in the server's KV cache; one seed repeats a measurement."""
+    asked: list[str] = []
+
+    async def note(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r")[0])
+        asked.append(json.loads(await reader.readexactly(length))["messages"][-1]["content"])
+        writer.close()
+
+    async with await asyncio.start_server(note, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        for seed in ("one", "other", "one"):
+            await asyncio.to_thread(throughput.measure, url, throughput.Load(2, requests=2), 2, None, seed)
+    each = 2 + 4  # of each of two clients one first request, before the time is taken
+    first, other, again = (set(asked[at : at + each]) for at in range(0, 3 * each, each))
+    assert len(first | other) == 2 * each
+    assert again == first
 
 
 async def test_throughput_spreads_the_lengths_of_answers() -> None:
@@ -123,7 +143,7 @@ async def test_throughput_spreads_the_lengths_of_answers() -> None:
     async with await asyncio.start_server(note, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         url, spans = f"http://127.0.0.1:{port}", throughput.lengths(128, 0.5)
-        await asyncio.to_thread(throughput.client, url, 2, 40, 0, spans, None)
+        await asyncio.to_thread(throughput.client, url, 2, 40, "seed", spans, None)
     assert 64 <= min(asked) < 80
     assert 170 < max(asked) <= 192
     assert throughput.lengths(128, 0) == (128, 128)
@@ -137,6 +157,6 @@ async def test_throughput_says_why_a_request_failed() -> None:
 
     async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        loop = await asyncio.to_thread(throughput.client, f"http://127.0.0.1:{port}", 1, 2, 0, (5, 5), None)
+        loop = await asyncio.to_thread(throughput.client, f"http://127.0.0.1:{port}", 1, 2, "seed", (5, 5), None)
     assert (loop.ttft_s, loop.tokens) == ([], 0)
     assert loop.failed == {"without an answer's end: HTTP/1.1 503 Service Unavailable": 2}

@@ -16,6 +16,7 @@ from loadtests.experiments import (
     guesses,
     overhead,
     overload,
+    peers,
     soak,
     tenants,
 )
@@ -34,6 +35,7 @@ RESULTS = Path(__file__).parents[4] / "docs" / "results"
         ("guesses", guesses.text),
         ("overhead", overhead.text),
         ("overload", overload.text),
+        ("peers-h200", peers.text),
         ("routing", conversations.text),
         ("soak", soak.text),
         ("tenants-h200", tenants.text),
