@@ -14,7 +14,8 @@ import torch
 from borg_serve.engine.attention_choice import PREFIX_OPTION
 from borg_serve.errors import EngineError
 from borg_serve.upstream import pinned
-from borg_serve.vllm_plugin.kernels import merge, split
+from borg_serve.vllm_plugin.graphs import SHORT
+from borg_serve.vllm_plugin.kernels import decode, merge, split
 
 with pinned("attention"):
     from vllm.config import VllmConfig
@@ -85,6 +86,7 @@ class Prefix:
     block_table: torch.Tensor  # [1, shared blocks] int32
     shared: torch.Tensor  # [T] bool: whether this pass counts for the token
     schedule: torch.Tensor | None  # FlashAttention's work list, the same for every step with T tokens
+    one_each: bool  # every row has one token, behind few of its own: the second pass is kernels.decode
 
 
 @dataclass
@@ -140,8 +142,16 @@ class SharedPrefixBuilder(FlashAttentionMetadataBuilder):
         own = super().build(0, its, fast_build)
         self.max_num_splits = splits  # a step in one pass has long rows to cut
         span, schedule = self._span(tokens)
-        prefix = Prefix(span, self._prefix_lens, tokens, self._prefix_table, self._shared[:tokens], schedule)
+        one_each = _one_each(common) and common.max_seq_len <= self.prefix_blocks * self.block_size + SHORT
+        prefix = Prefix(span, self._prefix_lens, tokens, self._prefix_table, self._shared[:tokens], schedule, one_each)
         return SharedPrefixMetadata(**vars(own), prefix=prefix)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
+        """The same for a graph; `graphs.DecodeGraphs` keeps one of rows with a token each for steps of short rows."""
+        metadata = super().build_for_cudagraph_capture(common_attn_metadata)
+        if isinstance(metadata, SharedPrefixMetadata) and metadata.prefix is not None:
+            metadata.prefix.one_each = _one_each(common_attn_metadata)
+        return metadata
 
     def _span(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the first pass over so many tokens needs. A CUDA graph may have its address: then it is kept."""
@@ -199,25 +209,18 @@ class SharedPrefixImpl(FlashAttentionImpl):
             )
         tokens = attn_metadata.num_actual_tokens
         query, output, halves = query[:tokens], output[:tokens], self._halves(kv_cache)
+        if prefix.one_each and not is_quantized_kv_cache(self.kv_cache_dtype) and not self.logits_soft_cap:
+            first, lse = self._of_prefix(layer, query, halves, prefix)
+            rows = (attn_metadata.block_table, attn_metadata.seq_lens)
+            decode(output, query, halves, *rows, first, lse, prefix.shared, self.scale)
+            return output
         # In a graph the passes run beside each other: one waits for memory, the other computes. Outside of one, where
         # steps are long anyway, two streams would only cost the host time.
         main = torch.cuda.current_stream()
         side = _side_stream() if torch.cuda.is_current_stream_capturing() else main
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            prefix_out, prefix_lse = self._attend(
-                layer,
-                query,
-                halves,
-                1,
-                cu_seqlens_q=prefix.span,
-                max_seqlen_q=prefix.tokens,
-                seqused_k=prefix.lens,
-                max_seqlen_k=prefix.block_table.shape[1] * halves[0].shape[1],
-                block_table=prefix.block_table,
-                causal=False,
-                scheduler_metadata=prefix.schedule,
-            )
+            prefix_out, prefix_lse = self._of_prefix(layer, query, halves, prefix)
         _, own_lse = self._attend(
             layer,
             query,
@@ -236,6 +239,24 @@ class SharedPrefixImpl(FlashAttentionImpl):
         main.wait_stream(side)
         merge(output, own_lse, prefix_out, prefix_lse, prefix.shared)
         return output
+
+    def _of_prefix(
+        self, layer: Any, query: torch.Tensor, halves: list[torch.Tensor], prefix: Prefix
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first pass."""
+        return self._attend(
+            layer,
+            query,
+            halves,
+            1,
+            cu_seqlens_q=prefix.span,
+            max_seqlen_q=prefix.tokens,
+            seqused_k=prefix.lens,
+            max_seqlen_k=prefix.block_table.shape[1] * halves[0].shape[1],
+            block_table=prefix.block_table,
+            causal=False,
+            scheduler_metadata=prefix.schedule,
+        )
 
     def _halves(self, kv_cache: torch.Tensor) -> list[torch.Tensor]:
         """Keys and values, each [blocks, block size, KV heads, head size]."""
@@ -264,6 +285,10 @@ class SharedPrefixImpl(FlashAttentionImpl):
             **more,
         )
         return result
+
+
+def _one_each(common: CommonAttentionMetadata) -> bool:
+    return bool(common.max_query_len == 1 and common.num_reqs == common.num_actual_tokens)
 
 
 @cache

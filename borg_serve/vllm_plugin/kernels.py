@@ -1,16 +1,22 @@
-"""The two Triton kernels around the passes of attention.py: split the rows of a step, merge the passes' results.
+"""The Triton kernels around the passes of attention.py: split the rows of a step, merge the passes' results, and do
+the second pass of a step without prompts.
 
-tests/rows.py has both as pure functions, which tests compare the kernels with. As ten PyTorch operations the split took
+tests/rows.py has them as pure functions, which tests compare the kernels with. As ten PyTorch operations the split took
 5% of the host's time for a step, and at 256 rows a GPU waits for the host.
 """
+
+from collections.abc import Sequence
 
 import torch
 from vllm.triton_utils import tl, triton
 
-__all__ = ["merge", "split"]
+__all__ = ["decode", "merge", "split"]
 
 COLUMNS = 256
 """Columns of a block table, or tokens, that are copied at once."""
+TILE, WARPS, STAGES = 64, 4, 2
+"""Of the second pass: KV tokens that are read at once, and how many warps read how far ahead."""
+LOG2_E = 1.4426950408889634
 
 
 def split(
@@ -170,3 +176,117 @@ def _merge_kernel(  # type: ignore[no-untyped-def]  # pragma: no cover  (runs on
     merged = tl.load(part, mask=mask, other=0.0).to(tl.float32) * (first / total)[:, None]
     merged += tl.load(where, mask=mask, other=0.0).to(tl.float32) * (second / total)[:, None]
     tl.store(where, merged.to(output.dtype.element_ty), mask=mask)
+
+
+def decode(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    halves: Sequence[torch.Tensor],
+    block_table: torch.Tensor,
+    lens: torch.Tensor,
+    prefix: torch.Tensor,
+    prefix_lse: torch.Tensor,
+    shared: torch.Tensor,
+    scale: float,
+) -> None:
+    """Attend with one token a row to the row's own KV, going on from the first pass where the row shares.
+
+    Written: `output` [R, heads, head size]. Read: `query`, and the first pass's `prefix`, of the same shape;
+    `prefix_lse` [heads, R] float32; `halves`: keys and values, each [blocks, block size, KV heads, head size], of one
+    tensor; `block_table` [R, C] int32, `lens` [R] int32, `shared` [R] bool. FlashAttention computes tiles of 128
+    queries, of which one token of a model with 7 heads for each KV head fills 7.
+    """
+    rows, heads, size = query.shape
+    keys, values = halves
+    group = heads // keys.shape[2]
+    _decode_kernel[(rows, keys.shape[2])](
+        output,
+        query,
+        keys,
+        values,
+        block_table,
+        lens,
+        prefix,
+        prefix_lse,
+        shared,
+        scale * LOG2_E,
+        output.stride(0),
+        query.stride(0),
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        block_table.stride(0),
+        prefix.stride(0),
+        prefix_lse.stride(0),
+        GROUP=group,
+        GROUP_2=max(16, triton.next_power_of_2(group)),
+        SIZE=size,
+        SIZE_2=triton.next_power_of_2(size),
+        BLOCK=keys.shape[1],
+        TILE=TILE,
+        LOG2_E=LOG2_E,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _decode_kernel(  # type: ignore[no-untyped-def]  # pragma: no cover  (runs on the device)
+    output,
+    query,
+    keys,
+    values,
+    block_table,
+    lens,
+    prefix,
+    prefix_lse,
+    shared,
+    scale,
+    output_stride,
+    query_stride,
+    block_stride,
+    token_stride,
+    head_stride,
+    table_stride,
+    prefix_stride,
+    lse_stride,
+    GROUP: tl.constexpr,  # noqa: N803
+    GROUP_2: tl.constexpr,  # noqa: N803
+    SIZE: tl.constexpr,  # noqa: N803
+    SIZE_2: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
+    LOG2_E: tl.constexpr,  # noqa: N803
+):
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    length = tl.load(lens + row)
+    shares = tl.load(shared + row) != 0
+    member = tl.arange(0, GROUP_2)
+    column = tl.arange(0, SIZE_2)
+    head = kv_head * GROUP + member
+    mine = member < GROUP
+    inside = mine[:, None] & (column < SIZE)[None, :]
+    place = head[:, None] * SIZE + column[None, :]
+    asked = tl.load(query + row * query_stride + place, mask=inside, other=0.0)
+    # What the first pass found is where the online softmax goes on.
+    top = tl.load(prefix_lse + head * lse_stride + row, mask=mine & shares, other=float("-inf")) * LOG2_E
+    total = tl.where(mine & shares, 1.0, 0.0)
+    found = tl.load(prefix + row * prefix_stride + place, mask=inside & shares, other=0.0).to(tl.float32)
+    for at in range(0, length, TILE):
+        token = at + tl.arange(0, TILE)
+        real = token < length
+        block = tl.load(block_table + row * table_stride + token // BLOCK, mask=real, other=0).to(tl.int64)
+        where = block * block_stride + (token % BLOCK) * token_stride + kv_head * head_stride
+        key = tl.load(keys + where[None, :] + column[:, None], mask=real[None, :] & (column < SIZE)[:, None], other=0.0)
+        score = tl.where(real[None, :], tl.dot(asked, key) * scale, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, axis=1))
+        weight = tl.exp2(score - higher[:, None])
+        fade = tl.exp2(top - higher)
+        held = real[:, None] & (column < SIZE)[None, :]
+        value = tl.load(values + where[:, None] + column[None, :], mask=held, other=0.0)
+        found = found * fade[:, None] + tl.dot(weight.to(value.dtype), value)
+        total = total * fade + tl.sum(weight, axis=1)
+        top = higher
+    total = tl.where(total > 0, total, 1.0)  # rows of no request
+    tl.store(output + row * output_stride + place, (found / total[:, None]).to(output.dtype.element_ty), mask=inside)

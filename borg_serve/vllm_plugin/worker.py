@@ -6,13 +6,16 @@ vLLM creates it in each worker process (`worker_cls`). It does not know which pr
 import os
 from typing import Any
 
+from borg_serve.engine.attention_choice import PREFIX_OPTION
 from borg_serve.upstream import moved, pinned
+from borg_serve.vllm_plugin.graphs import DecodeGraphs, capture_decodes_apart
 from borg_serve.vllm_plugin.lifetime import end_with_parent
 from borg_serve.vllm_plugin.prefix_memo import remember_ids
 
 with pinned("plugin"):
     from vllm import envs
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu_worker import Worker
 
 __all__ = ["GpuWorker"]
@@ -23,8 +26,17 @@ class GpuWorker(Worker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         end_with_parent()
+        capture_decodes_apart()
         register_backend(AttentionBackendEnum.CUSTOM, "borg_serve.vllm_plugin.attention.SharedPrefixBackend")
         super().__init__(*args, **kwargs)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Run a step, in the graph that fits its rows."""
+        graphs = getattr(self.model_runner, "cudagraph_manager", None)
+        if isinstance(graphs, DecodeGraphs):
+            options: Any = self.vllm_config.additional_config or {}
+            graphs.look(scheduler_output, int(options.get(PREFIX_OPTION, 0)))
+        return super().execute_model(scheduler_output)
 
     def init_device(self) -> None:
         """Take the GPU, and give it a compile cache and a table of token ids of its own.

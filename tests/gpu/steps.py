@@ -135,7 +135,7 @@ class Backend:
     def __init__(self, shape: Shape, config: VllmConfig, shared: bool) -> None:
         backend: Any = SharedPrefixBackend if shared else FlashAttentionBackend
         self.shape = shape
-        self._config = config
+        self.config = config
         spec = FullAttentionSpec(
             block_size=shape.block,
             num_kv_heads=shape.kv_heads,
@@ -152,7 +152,7 @@ class Backend:
 
     def build(self, common: CommonAttentionMetadata) -> Any:
         """Metadata of a step, made outside any graph."""
-        with set_current_vllm_config(self._config):
+        with set_current_vllm_config(self.config):
             return self.builder.build(0, common)
 
     def forward(self, given: Step, metadata: Any, output: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ FILES = sorted(
 )
 FILE_LINES = 350
 FUNCTION_LINES = 60
-PACKAGE_LINES = {"borg_serve": 13_840, "loadtests": 5_520}
+PACKAGE_LINES = {"borg_serve": 14_100, "loadtests": 5_500}
 """The whole of a package: a feature that adds lines takes others out, or raises this number with its reason."""
 
 
