@@ -72,6 +72,7 @@ def main() -> None:
     )
     parser.add_argument("--gpu", choices=GPUS, default="h100", help="whose roofline to show beside it")
     parser.add_argument("--fp8", action="store_true", help="FP8 queries and KV cache")
+    parser.add_argument("--random", action="store_true", help="rows have 1 to --own tokens of their own")
     parser.add_argument("--splits", type=int, help="parts that the second pass may cut a row into")
     arguments = parser.parse_args()
     import torch
@@ -92,19 +93,22 @@ def main() -> None:
     config = shape.config(arguments.model)
     backends = {"stock": Backend(shape, config, False), "shared": Backend(shape, config, True)}
 
-    def timed(each: Backend, given: Step) -> float:
-        """Microseconds a layer."""
+    def timed(each: Backend, given: Step, flash: bool = False) -> float:
+        """Microseconds a layer. `flash`: both passes are FlashAttention's."""
         layers = [given] + [Step(given.query, given.cache.clone(), given.common, given.lens) for _ in range(LAYERS - 1)]
         output = torch.empty(given.query.shape, dtype=torch.bfloat16, device="cuda")
         metadata = each.build(given.common)
+        if flash:
+            metadata.prefix.one_each = False
         return round(microseconds(lambda: [each.forward(layer, metadata, output) for layer in layers]) / LAYERS, 1)
 
     for batch in arguments.batches:
-        given = step(shape, ["shared"] * batch, batch, arguments.own, exact=True)
-        bare = step(replace(shape, prefix=0), ["shared"] * batch, batch, arguments.own, exact=True)
+        given = step(shape, ["shared"] * batch, batch, arguments.own, exact=not arguments.random)
+        bare = step(replace(shape, prefix=0), ["shared"] * batch, batch, arguments.own, exact=not arguments.random)
         row = {"batch": batch, "kv_heads": shape.kv_heads, "block": shape.block, "fp8": shape.fp8, "own": arguments.own}
         row["splits"] = attention.OWN_SPLITS
         row |= {f"{name}_us": timed(each, given) for name, each in backends.items()}
+        row["shared_flash_us"] = timed(backends["shared"], given, flash=True)
         row["no_prefix_us"] = timed(backends["stock"], bare)
         kv_dtype = "fp8" if arguments.fp8 else "auto"
         row["roofline_us"] = rooflines(GPUS[arguments.gpu], batch, shape.prefix, arguments.own, parts, kv_dtype)
