@@ -1,6 +1,8 @@
 """A scheduler that spares vLLM's KV cache manager against one that does not: the same blocks, step by step."""
 
+import json
 import random
+import sys
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from loadtests.gpu import scheduler as cost
 from tests.vllm import test_scheduler
 from tests.vllm.test_scheduler import BLOCK, IDENTITY, SHA256, configuration, scheduler
 
@@ -91,6 +94,17 @@ def test_slots_are_asked_for_once_in_a_block(model: Path, monkeypatch: pytest.Mo
     told(model, True, True, 200, [(True, 5, 3 * BLOCK)], 0)
     assert calls.count("allocate_slots") <= 3 * 4 + 2, "of 96 tokens; more while a step ahead is not known to be full"
     assert calls.count("cache_blocks") <= 3
+
+
+@pytest.mark.parametrize("words", [[], ["--stock"]])
+def test_slots_cost_is_measured(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["scheduler", "--users", "4", "--steps", "250", *words])
+    cost.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["scheduler"] == ("stock" if words else "ours")
+    assert min(found["decode_ms"], found["prompts_ms"], found["update_ms"]) > 0
 
 
 def _count(monkeypatch: pytest.MonkeyPatch, name: str, calls: list[str]) -> None:

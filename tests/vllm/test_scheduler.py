@@ -32,7 +32,11 @@ SHA256 = get_hash_fn_by_name("sha256")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
+    return tiny(tmp_path_factory.mktemp("model"))
+
+
+def tiny(folder: Path) -> Path:
+    """A checkpoint's configuration, without weights."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
     kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1000, "num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps({**kind, **sizes, "max_position_embeddings": 4096}))
@@ -77,9 +81,9 @@ def scheduler(config: VllmConfig, spec: type[Any] = FullAttentionSpec, blocks: i
 class Engine:
     """A scheduler with the hasher that a core would make after it, and a model that always says 7."""
 
-    def __init__(self, config: VllmConfig) -> None:
+    def __init__(self, config: VllmConfig, **more: Any) -> None:
         init_none_hash(SHA256)
-        self.scheduler = scheduler(config)
+        self.scheduler = scheduler(config, **more)
         self.hasher = core.get_request_block_hasher(BLOCK, SHA256)
 
     def ask(self, name: str, ids: list[int], tokens: int = 100) -> Request:
