@@ -166,8 +166,8 @@ class Ledger:
             raise LedgerAway(f"the usage ledger {self._shown} cannot be used now: {reason[:300]}") from None
 
     def _make_tables(self) -> None:
-        """Several servers may do so at once: who comes second fails, and finds the tables the next time."""
-        for _ in range(2):
+        """Several servers may do so at once: who comes second with a table or an index fails, and then finds it."""
+        for _ in range(sum(1 + len(table.indexes) for table in METADATA.sorted_tables)):
             try:
                 METADATA.create_all(self._engine)
                 break
