@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from borg_serve.config import Config, load
+from loadtests.experiments import peers
 from loadtests.gpu import throughput
 from loadtests.servers import local
 
@@ -81,7 +83,7 @@ def test_multi_gpu_measures_tensor_parallelism_and_replicas(listed: dict[str, li
             assert config.cluster.replicas == (int(name.partition("-")[2]) if "replicas" in name else 1)
 
 
-@pytest.mark.parametrize(("name", "step"), [("multi_gpu", "ray-tp2"), ("one_gpu", "cascade")])
+@pytest.mark.parametrize(("name", "step"), [("multi_gpu", "ray-tp2"), ("one_gpu", "cascade"), ("peers", "fp8")])
 def test_gpu_scripts_do_only_what_is_named(name: str, step: str, tmp_path: Path) -> None:
     assert set(commands(script(name, tmp_path, "--dry-run", step).stdout)) == {step}
 
@@ -99,6 +101,23 @@ def test_one_gpu_measures_every_attention(tmp_path: Path) -> None:
     assert attentions == {"stock", "shared", "cascade"}
     assert {"attention", "answers", "layers-tp1", "layers-tp2", "layers-tp4", "unshared"} < set(found)
     assert list(tmp_path.iterdir()) == [], "a dry run starts nothing"
+
+
+def test_peers_are_asked_by_precision_users_prompts_and_identities(tmp_path: Path) -> None:
+    done = script("peers", tmp_path, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    found = commands(done.stdout)
+    assert set(found) == {"bf16", "fp8", "bf16-prompts", "fp8-prompts", "identity-short", "identity-long"}
+    for name, (words,) in found.items():
+        assert words[:3] == ["python3", "-m", "loadtests.experiments.peers"]
+        loads = [peers.load(word) for word in words if re.fullmatch(r"\d+:[\d.]+:\d+(:\d+)?", word)]
+        settings = [word for word in words if re.fullmatch(r"[a-z_.]+=.*", word)]
+        config = load(ROOT / words[words.index("--config") + 1], [word for word in settings if "prompt" not in word])
+        assert max(each.users for each in loads) <= config.engine["max_num_seqs"], "nobody has to be refused"
+        assert ("quantization" in config.engine) == name.startswith("fp8")
+        assert {each.words for each in loads} == {900 if name.endswith("prompts") else 90}
+        assert ("identity-" in settings[-1]) == name.startswith("identity")
+    assert list(tmp_path.iterdir()) == [], "a dry run writes nothing"
 
 
 def test_throughput_counts_what_was_answered(tmp_path: Path) -> None:
