@@ -5,9 +5,10 @@ It does not know where batches come from.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from sqlite3 import OperationalError as SQLiteError
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -212,10 +213,20 @@ def _connected(url: URL) -> Engine:
 
         @event.listens_for(engine, "connect")
         def settings(connection: Any, _: object) -> None:
-            connection.execute("PRAGMA journal_mode=WAL")
+            _write_ahead(connection)
             connection.execute("PRAGMA synchronous=NORMAL")
 
     return engine
+
+
+def _write_ahead(connection: Any) -> None:
+    """Let readers and a writer go on beside each other. SQLite does not wait here where others open a new file too."""
+    for _ in range(WAIT_S * 100):
+        with suppress(SQLiteError):
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        time.sleep(0.01)
+    connection.execute("PRAGMA journal_mode=WAL")
 
 
 def _problem(what: str, got: str, cure: str) -> ConfigError:

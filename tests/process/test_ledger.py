@@ -133,7 +133,7 @@ def test_ledger_of_several_servers_that_start_at_once_makes_its_tables_once(url:
         return done
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(start, range(8)))
+        assert all(pool.map(start, range(8)))  # SQLite does not wait by itself where all open a new file
     ledger = Ledger(url)
     for by in ((), *((name,) for name in GROUPS), tuple(GROUPS)):
         assert [row["requests"] for row in ledger.sums(START, None, by)] == [8]
