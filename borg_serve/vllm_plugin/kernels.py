@@ -1,5 +1,4 @@
-"""The Triton kernels around the passes of attention.py: split the rows of a step, merge the passes' results, and do
-the second pass of a step without prompts.
+"""The Triton kernels of attention.py: split the rows of a step, merge the passes' results, do a pass of short rows.
 
 tests/rows.py has them as pure functions, which tests compare the kernels with. As ten PyTorch operations the split took
 5% of the host's time for a step, and at 256 rows a GPU waits for the host.
@@ -193,8 +192,7 @@ def decode(
 
     Written: `output` [R, heads, head size]. Read: `query`, and the first pass's `prefix`, of the same shape;
     `prefix_lse` [heads, R] float32; `halves`: keys and values, each [blocks, block size, KV heads, head size], of one
-    tensor; `block_table` [R, C] int32, `lens` [R] int32, `shared` [R] bool. FlashAttention computes tiles of 128
-    queries, of which one token of a model with 7 heads for each KV head fills 7.
+    tensor; `block_table` [R, C] int32, `lens` [R] int32, `shared` [R] bool. docs/attention.md says why.
     """
     rows, heads, size = query.shape
     keys, values = halves

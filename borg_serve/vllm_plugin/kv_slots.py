@@ -20,8 +20,7 @@ def allocate_where_needed(
 ) -> Allocate:
     """Return an allocator with the same results that answers `nothing` by itself for a token that has its slot.
 
-    `blocks`: those of each request, by its id. `cached`: how many of them are a prefix for others already. A manager of
-    several groups of layers, or one that gives blocks back before the end, needs vLLM's own.
+    `blocks`: those of each request, by its id. `cached`: how many are a prefix for others. For full attention only.
     """
 
     def allocate_slots(

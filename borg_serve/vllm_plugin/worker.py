@@ -6,7 +6,6 @@ vLLM creates it in each worker process (`worker_cls`). It does not know which pr
 import os
 from typing import Any
 
-from borg_serve.engine.attention_choice import PREFIX_OPTION
 from borg_serve.upstream import moved, pinned
 from borg_serve.vllm_plugin.graphs import DecodeGraphs, capture_decodes_apart
 from borg_serve.vllm_plugin.lifetime import end_with_parent
@@ -34,8 +33,7 @@ class GpuWorker(Worker):
         """Run a step, in the graph that fits its rows."""
         graphs = getattr(self.model_runner, "cudagraph_manager", None)
         if isinstance(graphs, DecodeGraphs):
-            options: Any = self.vllm_config.additional_config or {}
-            graphs.look(scheduler_output, int(options.get(PREFIX_OPTION, 0)))
+            graphs.look(scheduler_output)
         return super().execute_model(scheduler_output)
 
     def init_device(self) -> None:

@@ -42,8 +42,8 @@ def command(module: str, arguments: argparse.Namespace, *hidden: str) -> str:
     """The command line that repeats an experiment, with every option but where its report goes and the hidden ones."""
     words = [f"python -m loadtests.experiments.{module}"]
     for name, value in vars(arguments).items():
-        if name not in ("out", "name", *hidden) and value not in (None, []):
-            values = value if isinstance(value, list) else [value]
+        if name not in ("out", "name", *hidden) and value is not False and value not in (None, "", []):
+            values = value if isinstance(value, list) else [] if value is True else [value]
             given = (f"{one:g}" if isinstance(one, float) else str(one) for one in values)
             words += [f"--{name.replace('_', '-')}", *given]
     return " ".join(words)

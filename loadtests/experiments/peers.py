@@ -10,12 +10,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from borg_serve import config as profiles
 from borg_serve.config import Config
-from loadtests.experiments.experiment import command, note, parser, rotation, surroundings
+from borg_serve.engine.environment import vllm_version
+from loadtests.experiments.experiment import command, medians, note, parser, rotation, surroundings
 from loadtests.gpu.throughput import Load, clients, measure
 from loadtests.report.bootstrap import ratio
 from loadtests.report.tables import render, write
@@ -53,24 +55,31 @@ def peer_environment(site: Path | None, rust: bool) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(path), "VLLM_USE_RUST_FRONTEND": str(int(rust))}
 
 
-def servers(given: argparse.Namespace, folder: Path) -> dict[str, Start]:
+def peer_version(site: Path | None) -> str:
+    """Version of the peer's vLLM."""
+    if site is None:
+        return vllm_version()
+    (found,) = distributions(name="vllm", path=[str(site)])
+    return found.version
+
+
+def servers(given: argparse.Namespace, config: Config, folder: Path) -> dict[str, Start]:
     """How each is started."""
-    names = [OURS, *([VARIANT] if given.variant else []), PEER]
-    memory = round(MEMORY / len(names), 2)
+    sides: dict[str, list[str]] = {OURS: [], **({VARIANT: given.variant} if given.variant else {})}
+    memory = round(MEMORY / (len(sides) + 1), 2)
     sets = (*given.set, f"engine.gpu_memory_utilization={memory}", "server.hang_s=120")
-    config = profiles.load(Path(given.config), sets)
 
     def peer() -> Any:
         port = local.free_port()
         words = peer_words(config, config.model.served_name, port, memory, given.peer_arguments.split())
-        more = peer_environment(given.peer_site, given.rust)
+        more = peer_environment(given.peer_site, not given.python_front_end)
         return local.running(PEER, words, port, "/health", folder / "peer.log", more=more)
 
-    found: dict[str, Start] = {PEER: peer}
-    for name, more in ((OURS, []), (VARIANT, given.variant)):
+    found: dict[str, Start] = {}
+    for name, more in sides.items():
         (folder / name).mkdir()
         found[name] = ours(given.config, folder / name, *sets, *more)
-    return {name: found[name] for name in names}
+    return {**found, PEER: peer}
 
 
 def lines(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -83,9 +92,10 @@ def lines(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"load": name, "side": side, "failed": [], "blocks": len(sides[side])}
             for each in (side, PEER):
                 row["failed"].append(f"{_total(sides[each], 'failed')} of {_asked(sides[each])}")
+            middles = [medians(sides[each], *FIGURES) for each in (side, PEER)]
             for figure in FIGURES:
                 mine, theirs = ([block[figure] for block in sides[each]] for each in (side, PEER))
-                row[figure] = [_middle(mine), _middle(theirs), str(ratio(mine, theirs, fewest=3))]
+                row[figure] = [*(middle[figure] for middle in middles), str(ratio(mine, theirs, fewest=3))]
             rows.append(row)
     return rows
 
@@ -96,10 +106,6 @@ def _total(blocks: Sequence[Mapping[str, Any]], key: str) -> int:
 
 def _asked(blocks: Sequence[Mapping[str, Any]]) -> int:
     return _total(blocks, "requests") + _total(blocks, "failed")
-
-
-def _middle(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def text(document: Mapping[str, Any]) -> str:
@@ -115,17 +121,16 @@ def main() -> None:
     options.add_argument("--variant", nargs="+", default=[], help="more settings, of a second server of ours")
     options.add_argument("--peer-site", type=Path, help="a folder of packages with another vLLM, for the peer alone")
     options.add_argument("--peer-arguments", default="", help="more words for the peer's command line")
-    options.add_argument("--rust", action=argparse.BooleanOptionalAction, default=True, help="the peer's front end")
+    options.add_argument("--python-front-end", action="store_true", help="the peer's, where it has no Rust front end")
     options.add_argument("--loads", nargs="+", default=[*LOADS], help="USERS:SPREAD:REQUESTS[:WORDS]")
     options.add_argument("--rounds", type=int, default=5, help="at least 3; one more is the warm-up")
     options.add_argument("--processes", type=int, default=8, help="of clients")
-    options.add_argument("--versions", default="", help="of the peer's vLLM, how the report names it")
     options.add_argument("--device", default="one GPU", help="how the report names it")
     given = options.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="borg-peers-"))
     note(f"logs: {folder}")
-    starts = servers(given, folder)
-    identity = profiles.load(Path(given.config), given.set).identity.prompt.read_text(encoding="utf-8").strip()
+    config = profiles.load(Path(given.config), given.set)
+    starts, identity = servers(given, config, folder), config.identity.prompt.read_text(encoding="utf-8").strip()
     blocks: dict[str, dict[str, list[dict[str, Any]]]] = {}
     ready: dict[str, float] = {}
     try:
@@ -140,12 +145,9 @@ def main() -> None:
                         title = _title(each)
                         blocks.setdefault(title, {side: [] for side in starts})[name].append(found)
     finally:
-        document = {
-            "command": command("peers", given, "device", "versions", "peer_site", "peer_arguments"),
-            **surroundings(),
-        }
-        document |= {"device": given.device, "peer": given.versions, "rust": given.rust, "ready_s": ready}
-        document |= {"variant": given.variant, "blocks": blocks}
+        document = {"command": command("peers", given, "device"), **surroundings(), "device": given.device}
+        document |= {"peer": f"vLLM {peer_version(given.peer_site)}", "rust": not given.python_front_end}
+        document |= {"ready_s": ready, "variant": given.variant, "blocks": blocks}
         write(given.out, given.name, document, text(document))
 
 

@@ -16,10 +16,7 @@ GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 PORT=${PORT:-8000}
 REPEATS=${REPEATS:-3}
 READY_S=${READY_S:-600}
-failed=0
-DRY=
-if [ "${1:-}" = --dry-run ]; then DRY=$1; shift; fi
-ONLY=" $* "
+. loadtests/gpu/named.sh
 # Multicast over NVLink is left off: not every host that shares its GPUs allows it.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
 export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1 RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY=1
@@ -35,7 +32,7 @@ measure() {
   local name=$1 replicas=$2 users=$3 line repeat load
   local loads=("--users $users" "--users ${users#1 } --spread 0.5 --requests 6")
   shift 3
-  [[ "$ONLY" = "  " || "$ONLY" = *" $name "* ]] || return 0
+  asked "$name" || return 0
   echo "+ $name: $*"
   for load in "${loads[@]}"; do echo "+ $name: python3 -m loadtests.gpu.throughput http://127.0.0.1:$PORT --processes 8 $load"; done
   [ -n "$DRY" ] && return

@@ -8,16 +8,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 : "${MODEL:?names the directory of the checkpoint}" "${OUT:?names a directory for the figures}"
-DRY=
-if [ "${1:-}" = --dry-run ]; then DRY=$1; shift; fi
-ONLY=" $* "
-failed=0
+. loadtests/gpu/named.sh
 
 # step NAME COMMAND...: its figures into $OUT/NAME.txt.
 step() {
   local name=$1
   shift
-  [[ "$ONLY" = "  " || "$ONLY" = *" $name "* ]] || return 0
+  asked "$name" || return 0
   echo "+ $name: $*"
   [ -n "$DRY" ] && return
   "$@" > "$OUT/$name.txt" 2> "$OUT/$name.log" || { failed=1; tail -5 "$OUT/$name.log"; }

@@ -9,23 +9,18 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 : "${MODEL:?names the directory of the checkpoint}" "${OUT:?names a directory for the reports}"
-DRY=
-if [ "${1:-}" = --dry-run ]; then DRY=$1; shift; fi
-ONLY=" $* "
-failed=0
+. loadtests/gpu/named.sh
 read -ra more <<< "${MORE:-}"
 SETTINGS=(model.path="$MODEL" model.load_format=dummy model.dtype=bfloat16 "${more[@]}")
 PEER_IS=()
-if [ -n "${PEER:-}" ]; then
-  PEER_IS=(--peer-site "$PEER" --versions "vLLM $(PYTHONPATH="$PEER" python3 -c 'from importlib.metadata import version; print(version("vllm"))')")
-fi
+if [ -n "${PEER:-}" ]; then PEER_IS=(--peer-site "$PEER"); fi
 TEXT=$PWD/configs/identity/borg-merge-v1.md # 2,132 tokens
 
 # report NAME PROFILE IDENTITY LOAD...
 report() {
   local name=$1 profile=$2 identity=$3
   shift 3
-  [[ "$ONLY" = "  " || "$ONLY" = *" $name "* ]] || return 0
+  asked "$name" || return 0
   local words=(python3 -m loadtests.experiments.peers --config "configs/$profile.yaml" --name "peers-$name" --out "$OUT" --loads "$@")
   words+=(--set "${SETTINGS[@]}" identity.prompt="$identity" "${PEER_IS[@]}")
   echo "+ $name: ${words[*]}"

@@ -28,12 +28,9 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=256)
     parser.add_argument("--steps", type=int, default=400)
     given = parser.parse_args()
-    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-    from vllm.v1.outputs import ModelRunnerOutput
-    from vllm.v1.request import Request
 
-    from tests.vllm.test_scheduler import Engine, configuration, tiny
+    from tests.vllm.test_scheduler import Engine, configuration, result, tiny
 
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"max_model_len": 4096, "max_num_batched_tokens": 8192, "max_num_seqs": given.users}
@@ -43,30 +40,23 @@ def main() -> None:
     if given.stock:
         config.scheduler_config.scheduler_cls = AsyncScheduler
     engine = Engine(config, blocks=60_000)
-    scheduler, hasher = engine.scheduler, engine.hasher
+    scheduler = engine.scheduler
     rng, numbers = random.Random(0), count()
     prefix = rng.choices(range(1000), k=PREFIX)
     times: dict[str, list[float]] = {"decode": [], "prompts": [], "update": []}
-
-    def ask() -> None:
-        params = SamplingParams(max_tokens=rng.randint(64, 192))
-        prompt = prefix + rng.choices(range(1000), k=OWN)
-        scheduler.add_request(Request(str(next(numbers)), prompt, params, None, block_hasher=hasher))
 
     def run(steps: int) -> None:
         planned: deque[Any] = deque()
         for _ in range(steps):
             while len(scheduler.requests) < given.users:
-                ask()
+                engine.ask(str(next(numbers)), prefix + rng.choices(range(1000), k=OWN), rng.randint(64, 192))
             begin = time.perf_counter()
             plan = scheduler.schedule()
             times["prompts" if plan.scheduled_new_reqs else "decode"].append(time.perf_counter() - begin)
             planned.append(plan)
             if len(planned) == 2:
                 done = planned.popleft()
-                names = list(done.num_scheduled_tokens)
-                rows = {name: row for row, name in enumerate(names)}
-                output = ModelRunnerOutput(names, rows, [[7] for _ in names])
+                output = result(done)
                 begin = time.perf_counter()
                 scheduler.update_from_output(done, output)
                 times["update"].append(time.perf_counter() - begin)

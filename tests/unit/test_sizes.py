@@ -11,7 +11,7 @@ FILES = sorted(
 )
 FILE_LINES = 350
 FUNCTION_LINES = 60
-PACKAGE_LINES = {"borg_serve": 14_111, "loadtests": 5_585}
+PACKAGE_LINES = {"borg_serve": 14_111, "loadtests": 5_577}
 """The whole of a package: a feature that adds lines takes others out, or raises this number with its reason."""
 
 

@@ -10,15 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 
 from loadtests.gpu import scheduler as cost
 from tests.vllm import test_scheduler
-from tests.vllm.test_scheduler import BLOCK, IDENTITY, SHA256, configuration, scheduler
+from tests.vllm.test_scheduler import BLOCK, IDENTITY, SHA256, Engine, configuration, result
 
 model = test_scheduler.model
 hasher_maker = test_scheduler.hasher_maker
@@ -33,29 +30,20 @@ def told(model: Path, ours: bool, ahead: bool, blocks: int, asked: list[tuple[bo
     """What the scheduler says in each step, until all requests have ended. `ahead`: a step before the last's result."""
     config = configuration(model, num_gpu_blocks_override=blocks)
     config.scheduler_config.async_scheduling = ahead
-    made = scheduler(config, blocks=blocks)
-    manager = made.kv_cache_manager
+    engine = Engine(config, blocks=blocks)
+    made, manager = engine.scheduler, engine.scheduler.kv_cache_manager
     if not ours:
+        engine.hasher = get_request_block_hasher(BLOCK, SHA256)
         for name in ("allocate_slots", "cache_blocks"):
             vars(manager).pop(name)
-    init_none_hash(SHA256)
-    hasher = get_request_block_hasher(BLOCK, SHA256)
     rng = random.Random(seed)
-    waiting = [
-        Request(
-            str(turn),
-            (IDENTITY if shares else []) + [turn] * more,
-            SamplingParams(max_tokens=tokens),
-            None,
-            block_hasher=hasher,
-        )
-        for turn, (shares, more, tokens) in enumerate(asked)
-    ]
+    waiting = list(enumerate(asked))
     planned: deque[Any] = deque()
     found: list[Any] = []
     for _ in range(2000):
         if waiting and rng.random() < 0.4:
-            made.add_request(waiting.pop())
+            turn, (shares, more, tokens) = waiting.pop()
+            engine.ask(str(turn), (IDENTITY if shares else []) + [turn] * more, tokens)
         plan = made.schedule()
         new = [(each.req_id, each.num_computed_tokens, each.block_ids) for each in plan.scheduled_new_reqs]
         old = plan.scheduled_cached_reqs
@@ -64,10 +52,8 @@ def told(model: Path, ours: bool, ahead: bool, blocks: int, asked: list[tuple[bo
         planned.append(plan)
         if len(planned) > ahead:
             done = planned.popleft()
-            names = list(done.num_scheduled_tokens)
-            rows = {name: row for row, name in enumerate(names)}
-            sampled = [[] if _reading(made, name) else [rng.randrange(1000)] for name in names]
-            made.update_from_output(done, ModelRunnerOutput(names, rows, sampled))
+            sampled = [[] if _reading(made, name) else [rng.randrange(1000)] for name in done.num_scheduled_tokens]
+            made.update_from_output(done, result(done, sampled))
         if not waiting and not made.requests:
             return found
     raise AssertionError("some request never ended")

@@ -94,10 +94,15 @@ class Engine:
     def step(self) -> dict[str, int]:
         """Run a step; the tokens that each request got in it."""
         planned = self.scheduler.schedule()
-        names = list(planned.num_scheduled_tokens)
-        rows = {name: row for row, name in enumerate(names)}
-        self.scheduler.update_from_output(planned, ModelRunnerOutput(names, rows, [[7]] * len(names)))
+        self.scheduler.update_from_output(planned, result(planned))
         return dict(planned.num_scheduled_tokens)
+
+
+def result(planned: Any, sampled: list[list[int]] | None = None) -> ModelRunnerOutput:
+    """What a model runner returns of a step; without `sampled` its tokens are 7."""
+    names = list(planned.num_scheduled_tokens)
+    rows = {name: row for row, name in enumerate(names)}
+    return ModelRunnerOutput(names, rows, sampled or [[7] for _ in names])
 
 
 @pytest.mark.parametrize("interval", [1, 4])
